@@ -1,0 +1,137 @@
+"""The one declaration of the fused call: torch.library ops, their fakes, and the autograd Function around them.
+
+State is a value: the ops mutate nothing and no output aliases an input or another output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bssn_kernels import backends
+from bssn_kernels.backends.reference import compose_backward
+from bssn_kernels.plan import GroupPlan, accumulation_dtype
+
+_library = torch.library.Library("bssn_kernels", "DEF")
+
+# normalize: all layers of a group. weights; two vectors per direction and layer; the learnable gains of the layers
+# that have one; the plan's tables; power iterations per layer; -> W_bar of each layer (strides of the weight), and
+# `saved` (accumulation dtype), whose parts plan.Layout names.
+_library.define(
+    "normalize(Tensor[] weights, Tensor[] vectors, Tensor[] gains, Tensor[] tables, int[] iterations, "
+    "SymInt saved_numel, ScalarType? output_dtype, str backend) -> (Tensor[] normalized, Tensor saved)"
+)
+# normalize_backward: for the layers named by index. dL/dW_bar, weights, `saved` of the forward -> dL/dW with the
+# weights' dtype and strides, and dL/dgain (layers,) in accumulation dtype.
+_library.define(
+    "normalize_backward(Tensor[] grads, Tensor[] weights, Tensor saved, Tensor[] tables, int[] layers, str backend)"
+    " -> (Tensor[] grad_weights, Tensor grad_gains)"
+)
+
+
+def _normalize(weights, vectors, gains, tables, iterations, saved_numel, output_dtype, backend):
+    return backends.get(backend).normalize(weights, vectors, gains, tables, iterations, saved_numel, output_dtype)
+
+
+def _normalize_backward(grads, weights, saved, tables, layers, backend):
+    return backends.get(backend).normalize_backward(grads, weights, saved, tables, layers)
+
+
+_library.impl("normalize", _normalize, "CompositeExplicitAutograd")
+_library.impl("normalize_backward", _normalize_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("bssn_kernels::normalize", lib=_library)
+def _(weights, vectors, gains, tables, iterations, saved_numel, output_dtype, backend):
+    outs = [torch.empty_like(w, dtype=output_dtype or w.dtype) for w in weights]
+    return outs, weights[0].new_empty(saved_numel, dtype=accumulation_dtype(weights[0].dtype))
+
+
+@torch.library.register_fake("bssn_kernels::normalize_backward", lib=_library)
+def _(grads, weights, saved, tables, layers, backend):
+    return [torch.empty_like(w) for w in weights], saved.new_empty(len(layers))
+
+
+class Attach(torch.autograd.Function):
+    """Gives tensors that a fused call already wrote their place in the graph.
+
+    Everything the backward needs is kept on ctx: activation checkpointing counts what goes through
+    save_for_backward, and a recomputed layer has to save as much as the first time.
+    """
+
+    @staticmethod
+    def forward(ctx, outs, saved, plan: GroupPlan, layers: Sequence[int], *tensors: Tensor):
+        n = len(layers)
+        ctx.weights, ctx.gains = tensors[:n], tensors[n:]
+        ctx.saved, ctx.plan, ctx.layers = saved, plan, layers
+        ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():
+            ctx.versions = None
+            return tuple(out.clone() for out in outs)
+        ctx.versions = [w._version for w in ctx.weights]
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        n, plan, layers = len(ctx.layers), ctx.plan, ctx.layers
+        if ctx.versions is not None:
+            _check_versions(ctx)
+        wanted = ctx.needs_input_grad[4:]
+        owners = [k for k, i in enumerate(layers) if plan.specs[i].gain]
+        gain_of = dict(zip(owners, range(len(owners))))
+        weight_grads, gain_grads = [None] * n, [None] * len(owners)
+        which = [
+            k for k, g in enumerate(grads) if g is not None and (wanted[k] or (k in gain_of and wanted[n + gain_of[k]]))
+        ]
+        if not which:
+            return (None, None, None, None, *weight_grads, *gain_grads)
+        dense = [grads[k].to_dense() if grads[k].layout != torch.strided else grads[k] for k in which]
+        if torch.is_grad_enabled() or any(map(_is_batched, dense)):
+            for k, grad in zip(which, dense):
+                gain = ctx.gains[gain_of[k]] if k in gain_of else None
+                weight_grads[k], gain_grad = _composed_layer(ctx, k, grad, gain)
+                if k in gain_of:
+                    gain_grads[gain_of[k]] = gain_grad
+            return (None, None, None, None, *weight_grads, *gain_grads)
+        weights = [ctx.weights[k] for k in which]
+        grad_weights, grad_gains = torch.ops.bssn_kernels.normalize_backward(
+            _like_weights(dense, weights), weights, ctx.saved, plan.tables, [layers[k] for k in which], plan.backend.name
+        )
+        for j, k in enumerate(which):
+            weight_grads[k] = grad_weights[j] if wanted[k] else None
+            if k in gain_of:
+                gain = ctx.gains[gain_of[k]]
+                gain_grads[gain_of[k]] = grad_gains[j].to(gain.dtype).view(gain.shape)
+        return (None, None, None, None, *weight_grads, *gain_grads)
+
+
+def _check_versions(ctx) -> None:
+    for i, weight, version in zip(ctx.layers, ctx.weights, ctx.versions):
+        if weight._version != version:
+            raise RuntimeError(
+                f"layer {ctx.plan.specs[i].name!r}: its weight was changed in place between forward and backward "
+                f"(expected version {version}, got {weight._version}); run the optimizer step after the backward"
+            )
+
+
+def _is_batched(grad: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _composed_layer(ctx, k: int, grad: Tensor, gain: Tensor | None) -> tuple[Tensor | None, ...]:
+    layout, i = ctx.plan.layout, ctx.layers[k]
+    first, spec = layout.first_vector[i], ctx.plan.specs[i]
+    vectors = layout.vectors(ctx.saved)[first : first + 2 * spec.directions]
+    return compose_backward(spec, grad, ctx.weights[k], gain, vectors, layout.starts(ctx.saved, i))
+
+
+def _like_weights(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of one dtype with the strides of their weights; copies only those that differ."""
+    dtype, result = grads[0].dtype, []
+    for grad, weight in zip(grads, weights):
+        if grad.dtype != dtype or grad.stride() != weight.stride():
+            grad = torch.empty_like(weight, dtype=dtype).copy_(grad)
+        result.append(grad)
+    return result
