@@ -1,7 +1,148 @@
 """The CPU backend: csrc/cpu, one call for all layers of a group."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bssn_kernels.plan import FLOATS, LayerSpec, accumulation_dtype
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_in_forked_child = False
+
+
+def _note_fork() -> None:
+    """A forked child must not enter OpenMP again: the threads of its parent's pool are gone."""
+    global _in_forked_child
+    _in_forked_child = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled module, or the reason why there is none."""
+    try:
+        return importlib.import_module("bssn_kernels._cpu"), ""
+    except ImportError as error:
+        return None, _build_reason() or f"bssn_kernels._cpu does not load: {error}"
+
+
+def _build_reason() -> str:
+    try:
+        info = importlib.import_module("bssn_kernels._build_info")
+    except ImportError:
+        return "bssn_kernels._cpu was never built (install the package with pip)"
+    return info.CPU_REASON and f"bssn_kernels._cpu was not built: {info.CPU_REASON}"
+
+
+@cache
+def isas() -> list[str]:
+    """Instruction sets this build has and this processor knows, the best first; empty without the compiled part."""
+    module, _ = _load()
+    return module.isas() if module else []
+
+
+def isa() -> str:
+    """The instruction set in use: the best, or what ``BSSN_CPU_ISA`` names.
+
+    Raises:
+        RuntimeError: ``BSSN_CPU_ISA`` names one that is not usable here.
+    """
+    wanted = os.environ.get("BSSN_CPU_ISA")
+    if wanted and wanted not in isas():
+        raise RuntimeError(f"BSSN_CPU_ISA: expected one of {isas()}, got {wanted!r}")
+    return wanted or isas()[0]
+
+
 class CpuBackend:
+    """C++ with vectors and threads."""
+
     name = "cpu"
-    def unsupported(self, specs=None):
-        return ["not built yet"]
-    def tables(self, specs):
+
+    def unsupported(self, specs: Sequence[LayerSpec] | None = None) -> list[str]:
+        """Reasons: not built; another device; a dtype it does not know; a weight that is not dense."""
+        module, reason = _load()
+        reasons = [] if module else [reason]
+        for spec in specs or ():
+            if spec.device.type != "cpu":
+                reasons.append(f"layer {spec.name!r} is on {spec.device}, expected cpu")
+            elif spec.dtype not in FLOATS:
+                reasons.append(f"layer {spec.name!r} is of {spec.dtype}, expected one of {list(FLOATS)}")
+            elif isinstance(spec.view, str):
+                reasons.append(f"layer {spec.name!r}: {spec.view}")
+        return reasons
+
+    def tables(self, specs: Sequence[LayerSpec]) -> list[Tensor]:
+        """Nothing beside the layer table."""
         return []
+
+    def normalize(
+        self,
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        gains: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        iterations: Sequence[int],
+        saved_numel: int,
+        output_dtype: torch.dtype | None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """See ``ops.normalize``."""
+        dtype = weights[0].dtype
+        accum, out_dtype = accumulation_dtype(dtype), output_dtype or dtype
+        saved = torch.empty(saved_numel, dtype=accum)
+        outs = [torch.empty_like(w, dtype=out_dtype) for w in weights]
+        vectors = [x.to(accum).contiguous() for x in vectors]
+        gains = [x.to(accum) for x in gains]
+        _load()[0].forward(
+            isa(),
+            tables[0].data_ptr(),
+            [w.data_ptr() for w in weights],
+            [x.data_ptr() for x in vectors],
+            [x.data_ptr() for x in gains],
+            iterations,
+            [x.data_ptr() for x in outs],
+            saved.data_ptr(),
+            _DTYPE_CODES[dtype],
+            _DTYPE_CODES[out_dtype],
+            _threads(),
+        )
+        return outs, saved
+
+    def normalize_backward(
+        self,
+        grads: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        saved: Tensor,
+        tables: Sequence[Tensor],
+        layers: Sequence[int],
+    ) -> tuple[list[Tensor], Tensor]:
+        """See ``ops.normalize_backward``."""
+        grad_weights = [torch.empty_like(w) for w in weights]
+        grad_gains = torch.empty(len(layers), dtype=saved.dtype)
+        _load()[0].backward(
+            isa(),
+            tables[0].data_ptr(),
+            layers,
+            [g.data_ptr() for g in grads],
+            [w.data_ptr() for w in weights],
+            saved.data_ptr(),
+            [x.data_ptr() for x in grad_weights],
+            grad_gains.data_ptr(),
+            _DTYPE_CODES[weights[0].dtype],
+            _DTYPE_CODES[grads[0].dtype],
+            _threads(),
+        )
+        return grad_weights, grad_gains
+
+
+def _threads() -> int:
+    return 1 if _in_forked_child else torch.get_num_threads()
