@@ -30,11 +30,11 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 COMPILE_FLAGS = (
-    *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"),
 )
-# Compiled with -fopenmp but linked without it: the symbols come at load from the OpenMP runtime that torch made global.
-# A second runtime in the process would double the threads. So never add -Wl,-z,defs here.
+# No -fopenmp and no libgomp: csrc calls the one entry of the OpenMP runtime that it needs, and the symbol comes at load
+# from the runtime that torch made global. A second one in the process would double the threads. So never -Wl,-z,defs.
 LINK_FLAGS = ("-shared", "-Wl,--as-needed")
 
 # Instruction sets by platform, the baseline first. The order is also the order of linking, and it matters: inline
@@ -99,8 +99,7 @@ def switch(name: str) -> str:
 
 
 def find_compiler() -> tuple[list[str], str]:
-    """The C++ compiler as a command, and the first line of its version. g++ before clang++: the OpenMP calls that clang
-    makes are not in the runtime that torch's own wheels carry."""
+    """The C++ compiler as a command, and the first line of its version."""
     given = os.environ.get("CXX")
     command = shlex.split(given) if given else [next(filter(shutil.which, ("g++", "c++", "clang++")), "")]
     if not command[0]:

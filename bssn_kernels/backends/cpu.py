@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from bssn_kernels.backends._memory import allocate
 from bssn_kernels.plan import FLOATS, LayerSpec, accumulation_dtype
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -63,6 +64,10 @@ def isa() -> str:
     return wanted or isas()[0]
 
 
+def _isa_index() -> int:
+    return isas().index(isa()) if "BSSN_CPU_ISA" in os.environ else 0
+
+
 class CpuBackend:
     """C++ with vectors and threads."""
 
@@ -85,6 +90,11 @@ class CpuBackend:
         """Nothing beside the layer table."""
         return []
 
+    @staticmethod
+    def _empty(table: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        module = _load()[0]
+        return allocate(table, weights, dtype, module.advise_huge_pages)
+
     def normalize(
         self,
         weights: Sequence[Tensor],
@@ -99,11 +109,12 @@ class CpuBackend:
         dtype = weights[0].dtype
         accum, out_dtype = accumulation_dtype(dtype), output_dtype or dtype
         saved = torch.empty(saved_numel, dtype=accum)
-        outs = [torch.empty_like(w, dtype=out_dtype) for w in weights]
-        vectors = [x.to(accum).contiguous() for x in vectors]
+        outs = self._empty(tables[0], weights, out_dtype)
+        if any(x.dtype is not accum or not x.is_contiguous() for x in vectors):
+            vectors = [x.to(accum).contiguous() for x in vectors]
         gains = [x.to(accum) for x in gains]
         _load()[0].forward(
-            isa(),
+            _isa_index(),
             tables[0].data_ptr(),
             [w.data_ptr() for w in weights],
             [x.data_ptr() for x in vectors],
@@ -126,10 +137,10 @@ class CpuBackend:
         layers: Sequence[int],
     ) -> tuple[list[Tensor], Tensor]:
         """See ``ops.normalize_backward``."""
-        grad_weights = [torch.empty_like(w) for w in weights]
+        grad_weights = self._empty(tables[0], weights, weights[0].dtype)
         grad_gains = torch.empty(len(layers), dtype=saved.dtype)
         _load()[0].backward(
-            isa(),
+            _isa_index(),
             tables[0].data_ptr(),
             layers,
             [g.data_ptr() for g in grads],

@@ -51,7 +51,7 @@ struct Term {
 // out[j] = m g[j] + sum over t of a[t] x[t][j] + sum over t of y[t][j] * pattern[t][j mod length].
 template <int NX, int NY, class A, class T, class G>
 static inline void update(const G* g, T* out, int64_t n, A m, const A* a, const A* const* x, const A* const* y,
-                          const A* const* pattern, int64_t length) {
+                          const A* const* pattern, int64_t length, bool streaming) {
   constexpr int V = kLanes<A>;
   for (int64_t begin = 0; begin < n; begin += length) {
     const int64_t end = std::min(n - begin, length);
@@ -60,6 +60,12 @@ static inline void update(const G* g, T* out, int64_t n, A m, const A* a, const 
       Vec<A> sum = load<A>(g + begin + j) * m;
       for (int t = 0; t < NX; ++t) sum += load<A>(x[t] + begin + j) * a[t];
       for (int t = 0; t < NY; ++t) sum += load<A>(y[t] + begin + j) * load<A>(pattern[t] + j);
+      if constexpr (std::is_same<A, T>::value) {
+        if (streaming) {
+          stream(out + begin + j, sum);
+          continue;
+        }
+      }
       store(out + begin + j, sum);
     }
     for (; j < end; ++j) {
@@ -75,9 +81,9 @@ static inline void update(const G* g, T* out, int64_t n, A m, const A* a, const 
 // row axis P are of the first kind, those of a narrow one of the second, and run by run all are of the first.
 template <class A, class T, class G>
 static void update_any(int nx, int ny, const G* g, T* out, int64_t n, A m, const A* a, const A* const* x,
-                       const A* const* y, const A* const* pattern, int64_t length) {
+                       const A* const* y, const A* const* pattern, int64_t length, bool streaming) {
 #define BSSN_CASE(i, k) \
-  case 8 * i + k: return update<i, k>(g, out, n, m, a, x, y, pattern, length);
+  case 8 * i + k: return update<i, k>(g, out, n, m, a, x, y, pattern, length, streaming);
   switch (8 * nx + ny) {
     BSSN_CASE(0, 0) BSSN_CASE(0, 1) BSSN_CASE(0, 2) BSSN_CASE(1, 0) BSSN_CASE(1, 1) BSSN_CASE(2, 0) BSSN_CASE(2, 2)
     BSSN_CASE(4, 0)
@@ -172,6 +178,7 @@ class Backward {
       }
     }
     threads_ = int(std::min<int64_t>(call_.threads, 1 + total / 32768));
+    streaming_ = total * int64_t(sizeof(T)) >= kStreamBytes;
     order_.resize(layers_);
     std::iota(order_.begin(), order_.end(), 0);
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return elements(a) > elements(b); });
@@ -293,6 +300,7 @@ class Backward {
         update_row(l, p, thread);
       }
     }
+    if (streaming_) stream_fence();
   }
 
   // A whole row; the coefficients of a narrow in-direction repeat with a pattern.
@@ -312,8 +320,8 @@ class Backward {
       const int64_t classes = term.direction->classes;
       length = pattern_length<A>(classes);
       A* repeated = scratch(thread) + ny * length;
-      for (int64_t t = 0; t < length; t += classes)
-        for (int64_t c = 0; c < classes; ++c) repeated[t + c] = term.coefficient * term.slab[p * classes + c];
+      for (int64_t c = 0; c < classes; ++c) repeated[c] = term.coefficient * term.slab[p * classes + c];
+      repeat(repeated, classes, length, repeated);
       pattern[ny] = repeated;
       y[ny++] = term.spread;
     }
@@ -342,8 +350,10 @@ class Backward {
              const A* const* y, const A* const* pattern, int64_t length) {
     T* out = static_cast<T*>(call_.grad_weights[l]) + at;
     const A m = scalar(l, k_multiplier);
+    // Every vector of the row must be aligned: its first, and the first of each pattern.
+    const bool streaming = streaming_ && aligned(out) && (length >= n || length % kLanes<A> == 0);
     if (call_.grad_dtype == call_.weight_dtype) {
-      return update_any(nx, ny, static_cast<const T*>(call_.grads[l]) + at, out, n, m, a, x, y, pattern, length);
+      return update_any(nx, ny, static_cast<const T*>(call_.grads[l]) + at, out, n, m, a, x, y, pattern, length, streaming);
     }
     A* g = spread_scratch(thread, 0);
     with_dtype(call_.grad_dtype, [&](auto type) {
@@ -353,12 +363,13 @@ class Backward {
       for (; i + kLanes<A> <= n; i += kLanes<A>) store(g + i, load<A>(from + i));
       for (; i < n; ++i) g[i] = load_one<A>(from + i);
     });
-    update_any(nx, ny, static_cast<const A*>(g), out, n, m, a, x, y, pattern, length);
+    update_any(nx, ny, static_cast<const A*>(g), out, n, m, a, x, y, pattern, length, streaming);
   }
 
   const BackwardCall& call_;
   const int64_t layers_;
   int threads_ = 1;
+  bool streaming_ = false;
   std::vector<State<A>> states_;
   std::vector<int64_t> order_;
   Workspace workspace_;

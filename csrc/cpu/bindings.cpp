@@ -3,8 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -26,28 +24,22 @@ struct Isa {
 };
 
 // Instruction sets that this build has and this processor knows, the best first.
-std::vector<Isa> usable_isas() {
-  std::vector<Isa> isas;
+const std::vector<Isa>& usable_isas() {
+  static const std::vector<Isa> usable = [] {
+    std::vector<Isa> isas;
 #if defined(BSSN_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    isas.push_back({"avx512", avx512::forward, avx512::backward});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      isas.push_back({"avx512", avx512::forward, avx512::backward});
 #endif
 #if defined(BSSN_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    isas.push_back({"avx2", avx2::forward, avx2::backward});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      isas.push_back({"avx2", avx2::forward, avx2::backward});
 #endif
-  isas.push_back({"plain", plain::forward, plain::backward});
-  return isas;
-}
-
-Isa find_isa(const std::string& name) {
-  std::string known;
-  for (const Isa& isa : usable_isas()) {
-    if (isa.name == name) return isa;
-    known += (known.empty() ? "" : ", ") + std::string(isa.name);
-  }
-  throw std::invalid_argument("instruction set '" + name + "' is not usable here (usable: " + known + ")");
+    isas.push_back({"plain", plain::forward, plain::backward});
+    return isas;
+  }();
+  return usable;
 }
 
 using Addresses = std::vector<uintptr_t>;
@@ -58,10 +50,10 @@ P* as(Addresses& addresses) {
   return reinterpret_cast<P*>(addresses.data());
 }
 
-void forward(const std::string& isa, uintptr_t rows, Addresses weights, Addresses vectors, Addresses gains,
+void forward(size_t isa, uintptr_t rows, Addresses weights, Addresses vectors, Addresses gains,
              const std::vector<int64_t>& iterations, Addresses outs, uintptr_t saved, int weight_dtype, int out_dtype,
              int threads) {
-  const Isa chosen = find_isa(isa);
+  const Isa& chosen = usable_isas().at(isa);
   ForwardCall call;
   call.rows = reinterpret_cast<const LayerRow*>(rows);
   call.layers = int64_t(weights.size());
@@ -78,10 +70,10 @@ void forward(const std::string& isa, uintptr_t rows, Addresses weights, Addresse
   chosen.forward(call);
 }
 
-void backward(const std::string& isa, uintptr_t rows, const std::vector<int64_t>& indices, Addresses grads,
+void backward(size_t isa, uintptr_t rows, const std::vector<int64_t>& indices, Addresses grads,
               Addresses weights, uintptr_t saved, Addresses grad_weights, uintptr_t grad_gains, int weight_dtype,
               int grad_dtype, int threads) {
-  const Isa chosen = find_isa(isa);
+  const Isa& chosen = usable_isas().at(isa);
   BackwardCall call;
   call.rows = reinterpret_cast<const LayerRow*>(rows);
   call.layers = int64_t(indices.size());
@@ -142,7 +134,7 @@ std::vector<std::string> scalar_names() {
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "Fused spectral normalization on the CPU; import torch first, whose OpenMP runtime it uses.";
-  m.def("forward", &bssn::forward);
+  m.def("forward", &bssn::forward, "The instruction set is an index into isas().");
   m.def("backward", &bssn::backward);
   m.def("advise_huge_pages", &bssn::advise_huge_pages);
   m.def("isas", &bssn::isa_names, "Instruction sets this build has and this processor knows, the best first.");

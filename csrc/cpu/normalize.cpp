@@ -125,6 +125,7 @@ class Forward {
       for (int d = 0; d < row(l).directions; ++d) reserve(s, d, call_.iterations[l] == 0);
     }
     threads_ = int(std::min<int64_t>(call_.threads, 1 + total / 32768));
+    streaming_ = total * int64_t(sizeof(T)) >= kStreamBytes;
     order_.resize(layers_);
     std::iota(order_.begin(), order_.end(), 0);
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return elements(a) > elements(b); });
@@ -349,6 +350,12 @@ class Forward {
       const T* w = weight(l) + begin;
       O* out = static_cast<O*>(call_.outs[l]) + begin;
       int64_t i = 0;
+      if constexpr (std::is_same<A, O>::value) {
+        if (streaming_ && aligned(out)) {
+          for (; i + kLanes<A> <= n; i += kLanes<A>) stream(out + i, load<A>(w + i) * m);
+          stream_fence();
+        }
+      }
       for (; i + kLanes<A> <= n; i += kLanes<A>) store(out + i, load<A>(w + i) * m);
       for (; i < n; ++i) store_one(out + i, load_one<A>(w + i) * m);
     });
@@ -357,6 +364,7 @@ class Forward {
   const ForwardCall& call_;
   const int64_t layers_;
   int threads_ = 1;
+  bool streaming_ = false;
   std::vector<State<A>> states_;
   std::vector<int64_t> first_vector_, gain_, order_;
   Workspace workspace_;

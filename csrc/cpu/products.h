@@ -9,6 +9,9 @@ namespace BSSN_ISA {
 // Elements added in one float accumulator chain before it is flushed to double: rows of 100,000 keep their digits.
 constexpr int64_t kFlush = 4096;
 
+// Groups of this size no longer stay in a cache until W_bar is used: write them past it.
+constexpr int64_t kStreamBytes = int64_t(64) << 20;
+
 // Length of a repeating pattern of class coefficients: whole vectors and whole classes. Wide classes repeat as one
 // run; narrow ones as often as it takes to fill several vectors.
 template <class A>
@@ -76,12 +79,27 @@ static inline void inner_periodic(const T* w, int64_t stride, const A* spread, i
     for (; t < m; ++t)
       for (int i = 0; i < N; ++i) sums[i * length + t] += load_one<A>(w + i * stride + begin + t) * spread[begin + t];
   }
-  for (int i = 0; i < N; ++i)
-    for (int64_t c = 0; c < classes; ++c) {
-      double sum = 0;
-      for (int64_t t = c; t < length; t += classes) sum += double(sums[i * length + t]);
-      slab[i * classes + c] = A(sum);
+  for (int i = 0; i < N; ++i) {
+    A* s = sums + i * length;
+    int64_t periods = length / classes;
+    for (; periods % 2 == 0; periods /= 2) {
+      const int64_t half = periods / 2 * classes;
+      for (int64_t t = 0; t < half; ++t) s[t] += s[t + half];
     }
+    for (int64_t c = 0; c < classes; ++c) {
+      A sum = s[c];
+      for (int64_t k = 1; k < periods; ++k) sum += s[k * classes + c];
+      slab[i * classes + c] = sum;
+    }
+  }
+}
+
+// classes numbers, again and again over a pattern's length.
+template <class A>
+static inline void repeat(const A* numbers, int64_t classes, int64_t length, A* pattern) {
+  if (numbers != pattern) std::copy_n(numbers, classes, pattern);
+  for (int64_t done = classes; done < length; done *= 2)
+    std::copy_n(pattern, std::min(done, length - done), pattern + done);
 }
 
 // spread[j] += sum over i of W[i, j] * slab[i, j mod classes]; `pattern` is scratch of N patterns.
@@ -90,8 +108,7 @@ static inline void outer_periodic(const T* w, int64_t stride, const A* slab, int
                                   A* spread) {
   constexpr int V = kLanes<A>;
   const int64_t length = pattern_length<A>(classes);
-  for (int i = 0; i < N; ++i)
-    for (int64_t t = 0; t < length; t += classes) std::copy_n(slab + i * classes, classes, pattern + i * length + t);
+  for (int i = 0; i < N; ++i) repeat(slab + i * classes, classes, length, pattern + i * length);
   for (int64_t begin = 0; begin < n; begin += length) {
     const int64_t m = std::min(length, n - begin);
     int64_t t = 0;

@@ -8,8 +8,12 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#include <omp.h>
 #include <sched.h>
+
+// The parallel region by hand, in the OpenMP runtime that torch has loaded: LLVM's has this entry too, and clang's own
+// code for a pragma would ask for entries that GNU's has not.
+extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+extern "C" int omp_get_thread_num();
 
 namespace bssn {
 namespace BSSN_ISA {
@@ -49,10 +53,8 @@ class Schedule {
       work(0);
       return;
     }
-#pragma omp parallel num_threads(threads)
-    {
-      work(omp_get_thread_num());
-    }
+    using Work = decltype(work);
+    GOMP_parallel([](void* w) { (*static_cast<Work*>(w))(omp_get_thread_num()); }, &work, unsigned(threads), 0);
   }
 
  private:

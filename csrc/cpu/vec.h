@@ -29,8 +29,10 @@ struct f16 {
   uint16_t bits;
 };
 
+template <class T, int bytes, bool = std::is_arithmetic<T>::value>
+struct VectorOf {};
 template <class T, int bytes>
-struct VectorOf {
+struct VectorOf<T, bytes, true> {
   typedef T type __attribute__((vector_size(bytes)));
 };
 template <class A>
@@ -157,7 +159,9 @@ static inline void store(f16* x, Vec<float> y) {
 static inline void store(f16* x, Vec<float> y) { store_lanes<f16, float>(x, y); }
 #endif
 
-// Past the caches, for memory that nobody reads soon; x is aligned to a vector.
+static inline bool aligned(const void* x) { return reinterpret_cast<uintptr_t>(x) % kVectorBytes == 0; }
+
+// Past the caches, for memory that nobody reads soon; x is aligned.
 template <class A>
 static inline void stream(A* x, Vec<A> y) {
 #if defined(__AVX512F__)
@@ -179,12 +183,14 @@ static inline Vec<A> broadcast(A x) {
   return Vec<A>{} + x;
 }
 
-// The sum of the lanes, in their order.
+// The sum of the lanes, by halves.
 template <class A>
 static inline double sum_lanes(Vec<A> x) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<A>; ++i) sum += double(x[i]);
-  return sum;
+  A lanes[kLanes<A>];
+  store(lanes, x);
+  for (int half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return double(lanes[0]);
 }
 
 }  // namespace BSSN_ISA

@@ -1,0 +1,208 @@
+"""Who normalizes: torch's own spectral_norm, or one of our backends, all behind the same root module and call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, remove_spectral_norm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+import bssn_kernels
+
+PLAIN_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A normalized weight: where it is, in which ``form`` ("parametrization" or "hook"), and its settings."""
+
+    module: str
+    tensor: str
+    form: str
+    semantics: str
+    axis: int
+    eps: float
+    n_power_iterations: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+
+
+def native_sites(model: nn.Module) -> list[Site]:
+    """All weights of the model under torch's spectral_norm, in either form."""
+    sites = []
+    for module_name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for tensor, stack in module.parametrizations.items():
+                for norm in stack:
+                    if type(norm) is _SpectralNorm:
+                        settings = norm.dim, norm.eps, getattr(norm, "n_power_iterations", 1)
+                        sites.append(Site(module_name, tensor, "parametrization", "torch", *settings))
+        for hook in module._forward_pre_hooks.values():
+            if type(hook) is SpectralNorm:
+                settings = hook.dim, hook.eps, hook.n_power_iterations
+                sites.append(Site(module_name, hook.name, "hook", "torch_hook", *settings))
+    return sites
+
+
+class Root(nn.Module):
+    """A model whose forward does nothing but read all its normalized weights, in the order of ``sites``.
+
+    Calling it is what is timed: one forward of the root, whoever normalizes below.
+
+    Raises:
+        ValueError: no sites, so that nothing would be timed.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        super().__init__()
+        if not sites:
+            raise ValueError(f"{type(model).__name__}: no normalized weight to read")
+        self.model = model
+        self.sites = tuple(sites)
+        self._reads = [(model.get_submodule(site.module), site.tensor, site.form == "hook") for site in sites]
+
+    def forward(self) -> list[Tensor]:
+        weights = []
+        for module, tensor, by_hook in self._reads:
+            if by_hook:
+                # Under the old hook the weight is an attribute that the layer's forward sets before it begins.
+                for hook in module._forward_pre_hooks.values():
+                    if isinstance(hook, SpectralNorm) and hook.name == tensor:
+                        hook(module, ())
+            weights.append(getattr(module, tensor))
+        return weights
+
+    def originals(self) -> list[Tensor]:
+        """The weight before normalization of every site."""
+        return [
+            getattr(module, tensor + "_orig") if by_hook else module.parametrizations[tensor].original
+            for module, tensor, by_hook in self._reads
+        ]
+
+    def vectors(self) -> list[list[Tensor]]:
+        """The stored u, v[, u_in, v_in] of every site; none for 1-D weights."""
+        found = []
+        for module, tensor, by_hook in self._reads:
+            holders = [module] if by_hook else module.parametrizations[tensor]
+            names = [(tensor if by_hook else "") + ending for ending in ("_u", "_v", "_u_in", "_v_in")]
+            found.append([v for holder in holders for name in names if (v := getattr(holder, name, None)) is not None])
+        return found
+
+
+class Subject:
+    """A model to be normalized in several ways, and its layers.
+
+    Args:
+        name: for the table.
+        model: an nn.Module, whose layers under torch's spectral_norm are taken, or, where it has none, all its
+            convolutions, linear layers and embeddings. It is not copied but changed.
+        learnable_gain: ours have one per layer (native has no counterpart).
+
+    Raises:
+        ValueError: no such layer, or weights that are not real floating point numbers on the CPU.
+    """
+
+    def __init__(self, name: str, model: nn.Module, learnable_gain: bool = False) -> None:
+        self.name = name
+        self.learnable_gain = learnable_gain
+        if not native_sites(model):
+            for module in list(model.modules()):
+                if isinstance(module, PLAIN_LAYERS) and isinstance(getattr(module, "weight", None), nn.Parameter):
+                    parametrizations.spectral_norm(module)
+        self.native = model.train().requires_grad_()
+        self.sites = native_sites(model)
+        if not self.sites:
+            raise ValueError(f"{name}: no layer under spectral_norm and no convolution, linear layer or embedding")
+        self.weights = [weight.detach() for weight in Root(model, self.sites).originals()]
+        for site, weight in zip(self.sites, self.weights):
+            if not weight.is_floating_point() or weight.device.type != "cpu":
+                raise ValueError(
+                    f"{name}: {site.name} is {weight.dtype} on {weight.device}, expected real numbers on cpu"
+                )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    def copy(self) -> Root:
+        """A fresh copy of the model under torch's spectral_norm."""
+        return Root(copy.deepcopy(self.native), self.sites)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to normalize a model.
+
+    Args:
+        name: for the table.
+        variants: names of what it can do; None means every variant.
+        make: makes a root from a subject and a variant's name.
+    """
+
+    name: str
+    variants: tuple[str, ...] | None
+    make: Callable[[Subject, str], Root]
+
+
+def make_native(subject: Subject, variant: str) -> Root:
+    """torch's spectral_norm, in the form that the model has."""
+    return subject.copy()
+
+
+def make_fused(backend: str | None, subject: Subject, variant: str) -> Root:
+    """``fuse`` for plain SN, which is what a user does with a model that has it; else ``normalize`` of a plain copy."""
+    root = subject.copy()
+    if variant == "sn" and not subject.learnable_gain:
+        bssn_kernels.fuse(root, backend=backend)
+        return root
+    settings = {(site.semantics, site.eps, site.n_power_iterations) for site in subject.sites}
+    if len(settings) > 1:
+        raise ValueError(f"{variant}: the layers differ in form, eps or n_power_iterations: {sorted(settings)}")
+    ((semantics, eps, n_power_iterations),) = settings
+    modules = [root.model.get_submodule(site.module) for site in subject.sites]
+    for module, site in zip(modules, subject.sites):
+        strip(module, site)
+    root = Root(root.model, [replace(site, form="parametrization") for site in subject.sites])
+    bssn_kernels.normalize(
+        root,
+        variant,
+        n_power_iterations=n_power_iterations,
+        eps=eps,
+        semantics=semantics,
+        where=lambda name, module: module in modules,
+        learnable_gain=subject.learnable_gain,
+        backend=backend,
+    )
+    return root
+
+
+def strip(module: nn.Module, site: Site) -> None:
+    """Make a layer of a copied model plain again, its weight as before normalization.
+
+    torch's ``remove_parametrizations`` takes the weight's property from the class, which copies of a module share: it
+    would break the original too.
+    """
+    if site.form == "hook":
+        remove_spectral_norm(module, site.tensor)
+        return
+    if len(module.parametrizations) > 1 or len(module.parametrizations[site.tensor]) > 1:
+        raise ValueError(f"{site.name}: expected no parametrization beside spectral_norm")
+    weight = module.parametrizations[site.tensor].original
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.register_parameter(site.tensor, weight)
+
+
+NATIVE = Provider("native", ("sn",), make_native)
+
+
+def fused(backend: str) -> Provider:
+    """The provider of one of our backends."""
+    return Provider(backend, None, lambda subject, variant: make_fused(backend, subject, variant))

@@ -1,0 +1,291 @@
+"""The frame: what one forward of a group computed, how its layers read it, and how it can be given again.
+
+A frame belongs to one thread. The fused call runs without gradient when the frame is made; a bucket of layers gets
+its autograd node when the first of them is read, so that the engine delivers gradients as it walks back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from bssn_kernels import functional
+from bssn_kernels.plan import GroupPlan
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine runs this code: what is read now belongs to a forward of the past."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def resolve_dtype(output_dtype: torch.dtype | str | None, weight: Tensor) -> torch.dtype | None:
+    """What ``output_dtype`` means now: "autocast" is autocast's dtype where it is on (it leaves float64 alone)."""
+    if output_dtype != "autocast":
+        return output_dtype
+    kind = weight.device.type
+    if weight.dtype == torch.float64 or weight.is_complex() or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+class Member:
+    """The tie of a layer to its group.
+
+    A copy of the layer alone leaves the group; a copy of the group's root takes a copy of the group along.
+    """
+
+    def __init__(self, group, index: int) -> None:
+        self.group, self.index = group, index
+
+    def __deepcopy__(self, memo: dict) -> Member | None:
+        if id(self.group) not in memo and id(self.group.root) not in memo:
+            return None
+        return Member(copy.deepcopy(self.group, memo), self.index)
+
+    def frame(self):
+        """The frame that this thread is in, or None."""
+        frame = getattr(self.group._local, "frame", None)
+        return cached_frame(self.group) if frame is None and parametrize._cache_enabled else frame
+
+
+def frame_key(group) -> tuple[int, str]:
+    """The place of a group's frame in the cache of ``parametrize.cached()``, which ends with the block."""
+    return id(group), "frame of the group"
+
+
+def cached_frame(group) -> Frame | None:
+    return parametrize._cache.get(frame_key(group))
+
+
+def _same(x):
+    return x
+
+
+def _uncounted():
+    """For composed arithmetic: activation checkpointing must neither count nor drop what it saves."""
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+class Run:
+    """What one fused call computed.
+
+    Attributes:
+        plan, saved, dtype, iterations, starts: enough to give W_bar again; `saved` is None on the composed path, which
+            keeps copies of the vectors it started from.
+        sigmas: of each layer, composed path only.
+        outs, weights, vectors, gains, new: what the frame hands out and stores; dropped with it.
+        stored: indices of the vectors to store, None for all of them.
+    """
+
+    def __init__(
+        self,
+        plan: GroupPlan,
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        gains: Sequence[Tensor],
+        iterations: Sequence[int],
+        dtype: torch.dtype | None,
+        stored: Sequence[int] | None = (),
+    ) -> None:
+        self.plan, self.dtype, self.iterations, self.stored = plan, dtype, iterations, stored
+        self.weights, self.vectors, self.gains = weights, vectors, gains
+        if functional.needs_composed(weights):
+            self.starts, self.saved = [v.clone() for v in vectors], None
+            with _uncounted():
+                result = functional.composed(weights, self.starts, plan, iterations, gains, dtype)
+            self.outs, self.new, self.sigmas = result.weights, result.vectors, result.sigmas
+        else:
+            self.outs, self.saved = functional.launch(weights, vectors, plan, iterations, gains, dtype)
+
+    def store(self) -> None:
+        """Write the new vectors into the layers' buffers."""
+        old, stored = self.vectors, self.stored
+        if not old or (stored is not None and not stored):
+            return
+        new = self.new if self.saved is None else self.plan.vectors_of(self.saved)
+        if stored is not None:
+            new, old = [new[k] for k in stored], [old[k] for k in stored]
+        with torch.no_grad():
+            torch._foreach_copy_(old, new)
+
+    def release(self) -> None:
+        """Keep only what :meth:`replay` needs."""
+        self.outs = self.weights = self.vectors = self.gains = self.new = None
+
+    def compose(self, j: int, weight: Tensor, vectors: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
+        """W_bar of layer j alone by differentiable PyTorch, from the vectors that the run started from."""
+        specs = self.plan.specs
+        first = sum(len(spec.vector_shapes) for spec in specs[:j])
+        own = vectors[first : first + len(specs[j].vector_shapes)]
+        plan = functional.make_plan([specs[j]], self.plan.backend.name)
+        with _uncounted():
+            return functional.composed([weight], own, plan, [self.iterations[j]], gains, self.dtype).weights[0]
+
+    def multiplier_of(self, j: int, weight: Tensor) -> Tensor:
+        """The multiplier of a layer, 0-dimensional, before the run is released."""
+        if self.saved is not None:
+            return self.plan.multipliers_of(self.saved)[j]
+        return torch.vdot(weight.flatten(), self.outs[j].flatten()) / torch.vdot(weight.flatten(), weight.flatten())
+
+    def replay(self, j: int, weight: Tensor, gain: Tensor | None) -> Tensor:
+        """W_bar of layer j as it was, with a place in the graph that saves nothing. Nothing moves."""
+        gains = () if gain is None else (gain,)
+        if self.saved is None:
+            return self.compose(j, weight, self.starts, gains)
+        with torch.no_grad():
+            factor = self.plan.multipliers_of(self.saved)[j]
+            out = (weight.detach().to(self.plan.accumulation_dtype) * factor).to(self.dtype or weight.dtype)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *gains)):
+            (out,) = functional.attach([out], self.saved, self.plan, [j], [weight], gains)
+        return out
+
+    def gains_of(self, layers: Sequence[int]) -> list[Tensor]:
+        """The learnable gains of some layers."""
+        if not self.gains:
+            return []
+        counts = itertools.accumulate((spec.gain for spec in self.plan.specs), initial=0)
+        position = list(counts)
+        return [self.gains[position[j]] for j in layers if self.plan.specs[j].gain]
+
+    def sigmas_of(self, directions: bool = False) -> list[Tensor]:
+        """Sigma of each layer, 0-dimensional, or (directions,) numbers each."""
+        if self.saved is not None:
+            return self.plan.sigmas_of(self.saved, directions)
+        return self.sigmas
+
+
+class Frame:
+    """W_bar of every layer of a group for one forward.
+
+    Attributes:
+        weights, versions: what W_bar was computed from; a layer whose weight is another one by now, or was written to,
+            is not served: after a KeyboardInterrupt nobody ended the frame.
+        graph, plain: W_bar of each layer for reads with and without gradient, None until first read.
+        keep: it outlives a root forward (``hold``, ``parametrize.cached``).
+        held: it hands out plain tensors in every gradient mode.
+        committed: the vectors are stored.
+    """
+
+    held = False
+
+    def __init__(self, arrangement, runs: Sequence[Run]) -> None:
+        self.arrangement, self.runs = arrangement, runs
+        self.keep = self.committed = False
+        if arrangement.simple:
+            self.weights, outs = runs[0].weights, runs[0].outs
+        else:
+            self.weights = arrangement.scatter([run.weights for run in runs])
+            outs = arrangement.scatter([run.outs for run in runs])
+        self.versions = _versions(self.weights)
+        self.graph = [None] * len(outs)
+        self.plain = [None] * len(outs) if torch.is_grad_enabled() else list(outs)
+
+    def serves(self, i: int, weight: Tensor) -> bool:
+        """Whether W_bar of layer i was computed from this weight as it stands."""
+        return self.weights[i] is weight and (self.versions is None or self.versions[i] == weight._version)
+
+    def read(self, i: int) -> Tensor:
+        """W_bar of layer i for the present gradient mode."""
+        out = (self.graph if torch.is_grad_enabled() else self.plain)[i]
+        return self.resolve(i) if out is None else out
+
+    def resolve(self, i: int) -> Tensor:
+        """The first read of a layer in a gradient mode."""
+        number, j = self.arrangement.places[i]
+        run = self.runs[number]
+        out = run.outs[j]
+        if not torch.is_grad_enabled():
+            self.plain[i] = out.detach() if out.requires_grad else out
+            return self.plain[i]
+        if torch._C._are_functorch_transforms_active() and run.saved is not None:
+            return run.compose(j, run.weights[j], run.vectors, run.gains_of([j]))  # begun outside of the transform
+        if run.saved is None:
+            recorded = self.plain[i] is None or out.requires_grad
+            self.graph[i] = out if recorded else run.compose(j, run.weights[j], run.starts, run.gains_of([j]))
+        else:
+            self._attach(number, run, j)
+            if self.graph[i] is None:  # nothing to differentiate
+                self.graph[i] = self.plain[i] = out
+        return self.graph[i]
+
+    def _attach(self, number: int, run: Run, j: int) -> None:
+        """Give the bucket of layer j its autograd node; what was handed out as a plain tensor stays one."""
+        bucket, indices = self.arrangement.bucket(number, j)
+        wanted = [k for k in bucket if run.weights[k].requires_grad or any(g.requires_grad for g in run.gains_of([k]))]
+        if j not in wanted:
+            return
+        globals_of = dict(zip(bucket, indices))
+        outs = [run.outs[k] if self.plain[globals_of[k]] is None else run.outs[k].detach() for k in wanted]
+        if not torch.compiler.is_compiling():
+            outs = [out.clone() if out.is_inference() else out for out in outs]
+        weights, gains = [run.weights[k] for k in wanted], run.gains_of(wanted)
+        for k, out in zip(wanted, functional.attach(outs, run.saved, run.plan, wanted, weights, gains)):
+            self.graph[globals_of[k]] = out
+
+    def hold(self) -> None:
+        """Hand out plain tensors in every gradient mode, for more than one forward."""
+        self.keep = self.held = True
+        self.graph = self.plain
+
+    def commit(self) -> None:
+        """Store the vectors, once."""
+        if not self.committed:
+            self.committed = True
+            for run in self.runs:
+                run.store()
+
+    def record(self) -> Frame:
+        """What replays this frame later: itself, or a copy without the weights if others go on reading it."""
+        if not self.keep:
+            return self
+        record = copy.copy(self)
+        record.runs = [copy.copy(run) for run in self.runs]
+        record.release()
+        return record
+
+    def release(self) -> None:
+        """Keep what a replay needs, drop the weights."""
+        self.weights = self.versions = self.graph = self.plain = None
+        for run in self.runs:
+            run.release()
+
+    def replay(self, i: int, weight: Tensor, gain: Tensor | None) -> Tensor:
+        """W_bar of layer i as it was in this frame."""
+        number, j = self.arrangement.places[i]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.held):
+            return self.runs[number].replay(j, weight, gain)
+
+
+class Replay(Frame):
+    """A frame that gives W_bar of an earlier one again, for a forward that is recomputed in a backward."""
+
+    def __init__(self, record: Frame, layers: Sequence) -> None:
+        self.original, self.layers, self.arrangement, self.runs = record, layers, record.arrangement, ()
+        self.weights, self.versions = [layer.weight() for layer in layers], None
+        self.graph, self.plain = [None] * len(layers), [None] * len(layers)
+        self.keep, self.committed = False, True
+
+    def record(self) -> Frame:
+        return self.original
+
+    def resolve(self, i: int) -> Tensor:
+        out = self.original.replay(i, self.weights[i], self.layers[i].gain())
+        (self.graph if torch.is_grad_enabled() else self.plain)[i] = out
+        return out
+
+
+def _versions(weights: Sequence[Tensor]) -> list[int] | None:
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return [w._version for w in weights]
+    except (RuntimeError, AttributeError):  # inference tensors have none, nor has a layer that is gone
+        return None

@@ -1,0 +1,53 @@
+"""Fixtures of all tests: the backends of this machine, and memory that shows what nobody wrote."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from bssn_kernels import backends
+
+# The same examples in every run: a test that fails here fails everywhere.
+hypothesis.settings.register_profile("bssn", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("bssn")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nan_filled_empty():
+    """torch.empty and its relatives return NaN, so that an element that no kernel writes is seen.
+
+    torch does that itself in its deterministic mode; warn_only, since the rest of that mode is not our subject.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def one_seed():
+    """Tests do not depend on their order."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=backends.names())
+def backend(request) -> str:
+    """Every backend by name; one that cannot run is skipped with its reasons, and fails under BSSN_STRICT=1."""
+    reasons = backends.get(request.param).unsupported()
+    if reasons and os.environ.get("BSSN_STRICT") == "1":
+        pytest.fail(f"backend {request.param!r} cannot run and BSSN_STRICT=1: {'; '.join(reasons)}")
+    if reasons:
+        pytest.skip(f"backend {request.param!r}: {'; '.join(reasons)}")
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """torch.get_num_threads() as it was, after a test that sets it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

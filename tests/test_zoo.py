@@ -1,0 +1,135 @@
+"""Every kind of layer, dtype, memory format, variant and semantics on every backend, against float64."""
+
+import itertools
+
+import pytest
+import torch
+import truth
+from zoo import DTYPES, HALVES, LARGE, LAYERS, SHORT, SMALL, VARIANTS, Case, build, check, lay_out, layouts
+
+from bssn_kernels import functional
+from bssn_kernels.backends import cpu
+from bssn_kernels.plan import LayerSpec
+from bssn_kernels.variants import semantics_names
+
+ITERATIONS = (1, 0, 3)
+
+
+def rotated(layer: str, dtype: torch.dtype) -> list[Case]:
+    """All semantics in all memory formats; variants, iterations and gains take turns."""
+    start, names = list(LAYERS).index(layer), list(VARIANTS)
+    cases = []
+    for n, (layout, semantics) in enumerate(itertools.product(layouts(LAYERS[layer][0]), semantics_names())):
+        n += start
+        variant, iterations = names[n * 4 % len(names)], ITERATIONS[n % 3]
+        cases.append(Case(layer, layout, dtype, variant, semantics, iterations, gain=n % 2 == 1))
+    return cases
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("layer", SMALL)
+def test_every_layer(backend, layer, dtype):
+    check(rotated(layer, dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("layer", LARGE)
+def test_100_000_columns_or_rows(backend, layer, dtype):
+    wanted = [
+        ("torch", 1, "sn", "contiguous"),
+        ("paper", 1, "bssn", "exchanged"),
+        ("miyato", 3, "capped_above", "offset"),
+    ]
+    check([Case(layer, layout, dtype, v, s, n, gain=n > 1) for s, n, v, layout in wanted], backend)
+
+
+@pytest.mark.parametrize("layer", LARGE)
+def test_long_sums_keep_their_accuracy(backend, layer):
+    """Of numbers of one sign, where adding one by one in fp32 loses three digits and more."""
+    check([Case(layer, semantics=s, iterations=n) for s, n in (("torch", 1), ("torch_hook", 0))], backend, mean=1.0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=SHORT.get)
+@pytest.mark.parametrize("layer", ("linear", "conv2d", "transposed2d", "vector"))
+def test_every_variant_under_every_semantics(backend, layer, dtype):
+    product = itertools.product(VARIANTS, semantics_names(), ITERATIONS)
+    check([Case(layer, "contiguous", dtype, v, s, n, gain=len(v) % 2 == 0) for v, s, n in product], backend)
+
+
+@pytest.mark.parametrize("output_dtype", (torch.float32, *HALVES), ids=SHORT.get)
+@pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=SHORT.get)
+def test_output_dtype(backend, dtype, output_dtype):
+    layers = ("linear", "conv2d_large", "transposed2d", "bilinear", "vector", "primes")
+    cases = [
+        Case(layer, layout, dtype, variant, semantics)
+        for layer, variant, semantics in zip(
+            layers, itertools.cycle(("bssn", "sn")), itertools.cycle(semantics_names())
+        )
+        for layout in layouts(LAYERS[layer][0])
+    ]
+    check(cases, backend, output_dtype=output_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=SHORT.get)
+@pytest.mark.parametrize("eps", (1e-3, 0.3, 3.0))
+def test_eps_that_counts(backend, dtype, eps):
+    """eps above, amid and below the norms of the products."""
+    cases = [
+        Case(layer, "contiguous", dtype, variant, semantics, n, eps=eps)
+        for layer, variant in (("linear", "sn"), ("conv2d", "bssn"), ("transposed2d", "custom"))
+        for semantics in semantics_names()
+        for n in ITERATIONS
+    ]
+    check(cases, backend)
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_every_instruction_set(monkeypatch, isa, dtype):
+    monkeypatch.setenv("BSSN_CPU_ISA", isa)
+    cases = [case for layer in SMALL for case in rotated(layer, dtype)[:: 2 if layer.endswith("large") else 1]]
+    check(cases, "cpu")
+
+
+@pytest.mark.parametrize("count", (1, 2, 3, 7))
+def test_every_number_of_threads(backend, threads, count):
+    threads(count)
+    check([case for layer in SMALL for case in rotated(layer, torch.float32)[count % 3 :: 3]], backend)
+
+
+@pytest.mark.parametrize("semantics", semantics_names())
+def test_below_the_cap_nothing_but_a_factor(backend, semantics):
+    """The weight comes out as it went in, bit for bit, and the gradient has no rank term."""
+    layer = build(Case("conv2d", variant="capped_below", semantics=semantics))
+    plan = functional.make_plan([layer.spec], backend)
+    out = functional.spectral_normalize([layer.weight], layer.vectors, plan).weights[0]
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    assert torch.equal(out, layer.weight) and torch.equal(layer.weight.grad, grad)
+
+
+def test_vectors_in_the_weights_dtype(backend):
+    """As buffers of a module that was moved to bfloat16 are."""
+    weight = torch.randn(20, 30, dtype=torch.bfloat16)
+    vectors = [torch.randn(20, dtype=torch.bfloat16), torch.randn(30, dtype=torch.bfloat16)]
+    plan = functional.plan_for([weight], backend=backend)
+    result = functional.spectral_normalize([weight], vectors, plan)
+    expected = truth.normalize(weight.double(), [x.double() for x in vectors], variant=VARIANTS["sn"])
+    assert all(x.dtype == torch.float32 for x in result.vectors)
+    assert truth.relative(result.vectors[1], expected.vectors[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", ("reversed", "gaps"))
+def test_memory_that_only_the_reference_reads(layout):
+    """A fused backend says why not; by default the reference takes the group, with the same numbers."""
+    values = torch.randn(3, 4, 2, 5, 6)
+    weight = values.permute(4, 3, 2, 1, 0) if layout == "reversed" else lay_out(values, "contiguous")[..., ::2]
+    spec = LayerSpec.of(weight, name="odd one")
+    reason = "does not merge" if layout == "reversed" else "not dense"
+    if not cpu.CpuBackend().unsupported():
+        with pytest.raises(RuntimeError, match=f"'cpu' cannot take this group.*'odd one'.*{reason}"):
+            functional.make_plan([spec], "cpu")
+    plan = functional.make_plan([spec], "reference")
+    vectors = [torch.randn(n) for (n,) in spec.vector_shapes]
+    expected = truth.normalize(weight.double(), [x.double() for x in vectors], variant=VARIANTS["sn"])
+    assert truth.relative(functional.spectral_normalize([weight], vectors, plan).weights[0], expected.weight) < 1e-6
