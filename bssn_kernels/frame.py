@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from bssn_kernels import functional
-from bssn_kernels.plan import GroupPlan
+from bssn_kernels.plan import GroupPlan, LayerSpec
 
 
 def in_backward() -> bool:
@@ -32,6 +32,12 @@ def resolve_dtype(output_dtype: torch.dtype | str | None, weight: Tensor) -> tor
     if weight.dtype == torch.float64 or weight.is_complex() or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def make_plan(specs: Sequence[LayerSpec], backend: str | None) -> GroupPlan:
+    """A plan whose tables outlive a functorch transform that happens to be active."""
+    with torch._C._DisableFuncTorch():
+        return functional.make_plan(specs, backend)
 
 
 class Member:
@@ -125,7 +131,7 @@ class Run:
         specs = self.plan.specs
         first = sum(len(spec.vector_shapes) for spec in specs[:j])
         own = vectors[first : first + len(specs[j].vector_shapes)]
-        plan = functional.make_plan([specs[j]], self.plan.backend.name)
+        plan = make_plan([specs[j]], self.plan.backend.name)
         with _uncounted():
             return functional.composed([weight], own, plan, [self.iterations[j]], gains, self.dtype).weights[0]
 
@@ -159,7 +165,12 @@ class Run:
         """Sigma of each layer, 0-dimensional, or (directions,) numbers each."""
         if self.saved is not None:
             return self.plan.sigmas_of(self.saved, directions)
-        return self.sigmas
+        if not directions:
+            return self.sigmas
+        for spec in self.plan.specs:
+            if spec.directions > 1:
+                raise NotImplementedError(f"layer {spec.name!r}: the composed path reports no sigmas by direction")
+        return [s.reshape(1) / (spec.variant.out + spec.variant.into) for s, spec in zip(self.sigmas, self.plan.specs)]
 
 
 class Frame:

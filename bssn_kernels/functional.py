@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bssn_kernels import algebra, backends
+from bssn_kernels import algebra, backends, ops
 from bssn_kernels.backends.reference import compose
-from bssn_kernels.ops import Attach
 from bssn_kernels.plan import FLOATS, GroupPlan, LayerSpec, accumulation_dtype
 from bssn_kernels.variants import Semantics, Variant
 from bssn_kernels.views import matrix
@@ -121,10 +120,12 @@ def needs_composed(weights: Sequence[Tensor]) -> bool:
     """Whether a fused kernel cannot take these weights: functorch transforms, complex numbers, tensor subclasses."""
     if torch._C._are_functorch_transforms_active():
         return True
-    return any(type(w) not in _PLAIN and _is_foreign(w) or w.dtype.is_complex for w in weights)
+    if not set(map(type, weights)) <= _PLAIN and any(map(_is_foreign, weights)):
+        return True
+    return weights[0].dtype.is_complex
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def _is_foreign(weight: Tensor) -> bool:
@@ -156,7 +157,7 @@ def launch(
         W_bar of each layer, and `saved`, from which ``plan.vectors_of`` and ``plan.sigmas_of`` read.
     """
     with torch.no_grad():
-        return torch.ops.bssn_kernels.normalize(
+        return ops.normalize(
             list(weights),
             plan.op_vectors(vectors),
             list(gains),
@@ -186,7 +187,7 @@ def attach(
     Returns:
         The same tensors, with a grad_fn.
     """
-    return Attach.apply(outs, saved, plan, layers, *weights, *gains)
+    return ops.Attach.apply(outs, saved, plan, layers, *weights, *gains)
 
 
 def composed(

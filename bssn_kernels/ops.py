@@ -54,6 +54,27 @@ def _(grads, weights, saved, tables, layers, backend):
     return [torch.empty_like(w) for w in weights], saved.new_empty(len(layers))
 
 
+def normalize(weights, vectors, gains, tables, iterations, saved_numel, output_dtype, backend):
+    """The op ``normalize``; where nobody watches the dispatcher, the backend at once.
+
+    Bringing a hundred tensors through the dispatcher and back costs as much as a small group's arithmetic.
+    """
+    if torch.compiler.is_compiling() or not set(map(type, weights)) <= _PLAIN or torch._C._len_torch_dispatch_stack():
+        op = torch.ops.bssn_kernels.normalize
+        return op(weights, vectors, gains, tables, iterations, saved_numel, output_dtype, backend)
+    return _normalize(weights, vectors, gains, tables, iterations, saved_numel, output_dtype, backend)
+
+
+def normalize_backward(grads, weights, saved, tables, layers, backend):
+    """The op ``normalize_backward``, likewise."""
+    if torch.compiler.is_compiling() or not set(map(type, grads)) <= _PLAIN or torch._C._len_torch_dispatch_stack():
+        return torch.ops.bssn_kernels.normalize_backward(grads, weights, saved, tables, layers, backend)
+    return _normalize_backward(grads, weights, saved, tables, layers, backend)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 class Attach(torch.autograd.Function):
     """Gives tensors that a fused call already wrote their place in the graph.
 
@@ -96,7 +117,7 @@ class Attach(torch.autograd.Function):
                     gain_grads[gain_of[k]] = gain_grad
             return (None, None, None, None, *weight_grads, *gain_grads)
         weights = [ctx.weights[k] for k in which]
-        grad_weights, grad_gains = torch.ops.bssn_kernels.normalize_backward(
+        grad_weights, grad_gains = normalize_backward(
             _like_weights(dense, weights), weights, ctx.saved, plan.tables, [layers[k] for k in which], plan.backend.name
         )
         for j, k in enumerate(which):

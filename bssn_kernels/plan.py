@@ -235,7 +235,7 @@ class GroupPlan:
         """Whether the weights still have the shapes, strides, dtype and device that the tables were built for."""
         dtype, device = self.dtype, self.device
         return len(weights) == len(self._identity) and all(
-            w.shape == shape and w.stride() == stride and w.dtype == dtype and w.device == device
+            w.shape == shape and w.stride() == stride and w.dtype is dtype and w.device == device
             for w, (shape, stride) in zip(weights, self._identity)
         )
 

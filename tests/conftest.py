@@ -34,20 +34,22 @@ def one_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=backends.names())
+def runnable(name: str) -> str:
+    reasons = backends.get(name).unsupported()
+    if reasons and os.environ.get("BSSN_STRICT") == "1":
+        pytest.fail(f"backend {name!r} cannot run and BSSN_STRICT=1: {'; '.join(reasons)}")
+    if reasons:
+        pytest.skip(f"backend {name!r}: {'; '.join(reasons)}")
+    return name
+
+
+@pytest.fixture(scope="session", params=backends.names())
 def backend(request) -> str:
     """Every backend by name; one that cannot run is skipped with its reasons, and fails under BSSN_STRICT=1."""
-    reasons = backends.get(request.param).unsupported()
-    if reasons and os.environ.get("BSSN_STRICT") == "1":
-        pytest.fail(f"backend {request.param!r} cannot run and BSSN_STRICT=1: {'; '.join(reasons)}")
-    if reasons:
-        pytest.skip(f"backend {request.param!r}: {'; '.join(reasons)}")
-    return request.param
+    return runnable(request.param)
 
 
-@pytest.fixture
-def threads():
-    """torch.get_num_threads() as it was, after a test that sets it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+@pytest.fixture(scope="session", params=[name for name in backends.names() if name != "reference"])
+def fused_backend(request) -> str:
+    """The same without the reference, whose sums are torch's."""
+    return runnable(request.param)

@@ -85,7 +85,7 @@ def test_workloads_are_built_alike_every_time():
 @pytest.mark.parametrize("variant", ["sn", "bssn", "capped"])
 @pytest.mark.parametrize("semantics", ["torch", "torch_hook"])
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3, 3, 3), 0), ((3, 5, 2), 1), ((6, 4), 0)])
-def test_the_closed_gradient_is_that_of_autograd(variant, semantics, shape, axis):
+def test_the_closed_gradient_is_that_of_autograd(variant, semantics, shape, axis, monkeypatch):
     torch.manual_seed(0)
     weight = torch.randn(shape, dtype=torch.float64)
     if len(shape) == 4:
@@ -95,13 +95,19 @@ def test_the_closed_gradient_is_that_of_autograd(variant, semantics, shape, axis
     sides = algebra.row_axes(len(shape), axis, 2 if len(shape) > 2 and numbers.into else 1)
     vectors = [torch.randn(n, dtype=torch.float64) for a in sides for n in (shape[a], weight.numel() // shape[a])]
     site = providers.Site("m", "weight", "parametrization", semantics, axis, 1e-12, 2)
-    found = verify.truth(weight, vectors, grad, site, numbers)
+    found = verify.Truth.of(weight, vectors, grad, site, numbers)
 
     weight.requires_grad_()
     rules = {"semantics": resolve_semantics(semantics), "axis": axis, "n_power_iterations": 2}
     exact = algebra.normalize(weight, vectors, variant=numbers, **rules).weight
-    torch.testing.assert_close(found.weight, exact.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.grad, torch.autograd.grad(exact, weight, grad)[0], rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(verify, "CHUNK", 2 * weight[0].numel())
+    parts = list(verify.row_chunks(weight))
+    assert len(parts) > 1
+    nothing = torch.zeros_like(weight)
+    found_weight = torch.cat([-found.weight_error(nothing[rows], rows) for rows in parts])
+    found_grad = torch.cat([-found.subtract_grad(nothing[rows], rows) for rows in parts])
+    torch.testing.assert_close(found_weight, exact.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found_grad, torch.autograd.grad(exact, weight, grad)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["parametrization", "hook"])
@@ -258,11 +264,11 @@ def test_rounds_are_shuffled_and_results_freed_after_the_clock(monkeypatch):
         return measure.Task(run, lambda: events.append(f"reset {name}"))
 
     clock = iter(range(10**6))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: events.append("clock") or float(next(clock)))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: events.append("clock") or next(clock) / 8)
     times = measure.interleaved({name: task(name) for name in "abc"}, repeats=20)
     assert gc.isenabled() and not any(collecting[6:])
     assert {len(samples.seconds) for samples in times.values()} == {20}
-    assert all(samples.median == 1.0 for samples in times.values())
+    assert all(samples.median == 1 / 8 for samples in times.values())
     one = ["clock", "run a", "clock", "free a", "reset a"]
     assert events[:5] == one
     runs = [event[-1] for event in events if event.startswith("run")][6:]
@@ -270,7 +276,7 @@ def test_rounds_are_shuffled_and_results_freed_after_the_clock(monkeypatch):
     assert len(rounds) > 3 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(1e-9, 100), (0.05, 10), (3.0, 7)])
+@pytest.mark.parametrize(("seconds", "rounds"), [(1e-9, 100), (0.05, 10), (0.5, 7), (3.0, 4)])
 def test_the_number_of_rounds_follows_the_cost(monkeypatch, seconds, rounds):
     monkeypatch.setattr(measure, "sample", lambda task: seconds)
     times = measure.interleaved({"a": None, "b": None}, budget_s=1.0)
@@ -294,23 +300,23 @@ def test_memory_counts_what_is_freed_before_the_end_and_what_is_kept():
     meter = measure.MemoryMeter()
     if meter.reason:
         pytest.skip(meter.reason)
-    mebibyte = 2**20
     kept = []
 
     def scratch():
-        torch.ones(8 * mebibyte)
-        return torch.ones(2 * mebibyte)
+        torch.ones(8 << 20)
+        return torch.ones(2 << 20)
 
     def keep():
-        kept[:] = kept or [torch.ones(4 * mebibyte)]
+        kept[:] = kept or [torch.ones(4 << 20)]
 
-    def close(found, expected):
-        return abs(found - expected * mebibyte) < mebibyte
-
+    tasks = [measure.Task(scratch), measure.Task(lambda: None), measure.Task(keep)]
+    # A first time pays for what a process does once, such as starting threads.
+    meter.measure(tasks)
     for _ in range(2):
-        memory = meter.measure([measure.Task(scratch), measure.Task(lambda: None), measure.Task(keep)])
-        assert [close(*pair) for pair in zip([*memory.peaks, memory.kept], [32, 0, 16, 16])] == [True] * 4, memory
         kept.clear()
+        memory = meter.measure(tasks)
+        sizes = [size / 2**20 for size in (*memory.peaks, memory.kept)]
+        assert sizes == pytest.approx([32, 0, 16, 16], abs=1)
 
 
 def test_memory_says_why_it_cannot(monkeypatch):

@@ -10,9 +10,9 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from nets import close, images, native, plain, state  # noqa: E402
+from nets import close, images, native, plain, state
 
-from bssn_kernels.group import fuse, group_of, normalize  # noqa: E402
+from bssn_kernels.group import fuse, group_of, normalize
 
 STEPS = 20
 

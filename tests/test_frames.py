@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from nets import FORMS, LAYERS, close, gradients, images, native, plain, same, state, twin, vectors
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm as torch_parametrization
 
 from bssn_kernels.group import fuse, group_of, normalize
 
@@ -41,6 +42,9 @@ def test_a_forward_that_raises_moves_nothing(form, error):
     if isinstance(error, Exception):
         assert group._local.frame is None
     handle.remove()
+    for model in (net, expected):
+        for weight in model.parameters():
+            weight.data.mul_(1.5)  # unseen by version counters: the next forward must look for itself
     for _ in range(2):
         out, wanted = net(images()), expected(images())
         close(out, wanted)
@@ -152,6 +156,26 @@ def test_enable_grad_inside_a_forward_without():
     assert inner["weight"].is_inference()
 
 
+def test_a_gradient_asked_for_inside_inference_mode():
+    """The frame's tensors are inference tensors then; the read gives a normal one."""
+
+    class Model(nn.Sequential):
+        def forward(self, x):
+            with torch.inference_mode(False), torch.enable_grad():
+                self[0].weight.sum().backward()
+            return super().forward(x)
+
+    results = []
+    for ours in (True, False):
+        model = Model(*native("parametrization")).eval()
+        if ours:
+            fuse(model)
+        with torch.inference_mode():
+            model(images())
+        results.append(model[0].parametrizations.weight.original.grad)
+    close(results[0], results[1])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_no_grad_and_inference_mode_between_training_forwards(form):
     net, expected = native(form), native(form)
@@ -204,6 +228,17 @@ def test_retain_graph_gradient_penalty_and_double_backward(form):
     close(results[0], results[1])
 
 
+def test_a_gain_learns_while_its_weight_is_frozen():
+    net = plain()
+    normalize(net, "bssn", learnable_gain=True)
+    for name in LAYERS:
+        net[int(name)].parametrizations.weight.original.requires_grad_(name == "0")
+    net(images()).sum().backward()
+    for name in LAYERS:
+        weights = net[int(name)].parametrizations.weight
+        assert weights[0]._gain.grad is not None and (weights.original.grad is None) == (name != "0")
+
+
 def test_an_optimizer_step_before_the_backward_is_an_error_that_names_the_layer():
     net = native("parametrization")
     fuse(net)
@@ -234,7 +269,8 @@ def test_buckets_deliver_their_gradients_as_the_backward_walks_back(count):
 
 def test_buckets_are_cut_by_size_and_auto_is_one():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 64), nn.Linear(64, 64))
-    for count, expected in [(1, [[0, 1, 2, 3]]), ("auto", [[0, 1, 2, 3]]), (2, [[0, 1, 2], [3]]), (100, [[0], [1], [2], [3]])]:
+    cuts = {1: [[0, 1, 2, 3]], "auto": [[0, 1, 2, 3]], 2: [[0, 1, 2], [3]], 100: [[0], [1], [2], [3]]}
+    for count, expected in cuts.items():
         group = normalize(copy.deepcopy(net), backward_buckets=count)
         group.root(torch.randn(2, 8))
         cut = [group._arrangement.bucket(0, j)[0] for j in range(4)]
@@ -274,7 +310,7 @@ def test_100_threads_on_one_eval_model():
 def test_a_replica_computes_alone():
     """What DataParallel makes: copies whose parameters are plain attributes, and whose buffers may be shared."""
     net, expected = native("mixed"), native("mixed")
-    fuse(net)
+    group = fuse(net)
 
     def replicate(module):
         replica = module._replicate_for_data_parallel()
@@ -293,6 +329,7 @@ def test_a_replica_computes_alone():
         out.sum().backward()
         results.append((out, gradients(model), vectors(model)))
     close(results[0], results[1])
+    assert group._record is None and group._arrangement is None
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -301,7 +338,9 @@ def test_a_copy_is_independent(form):
     group = fuse(net)
     net(images()).sum().backward()
     replica = copy.deepcopy(net)
-    assert group_of(replica) is not group and group_of(replica).root is replica
+    copied = group_of(replica)
+    assert copied is not group and copied.root is replica
+    assert all(layer.rule._member.group is copied and layer.weight() is not None for layer in copied.layers)
     before = state(net)
     replica(images())
     assert same(before, state(net)) and not same(before, state(replica))
@@ -348,7 +387,32 @@ def test_a_copy_of_a_layer_leaves_the_group(form):
     for _ in range(2):
         layer(x).sum().backward()
     assert same(before, state(net)) and group_of(layer) is None
+    rules = [*layer._forward_pre_hooks.values(), *(m for m in layer.modules() if hasattr(m, "semantics"))]
+    assert [rule._member for rule in rules] == [None]
     assert len(copy.deepcopy([net[0], net])[1]) == 7 and len(group.layers) == 4
+
+
+def test_folding_a_copy_works_on_the_instance_not_on_the_class_that_copies_share():
+    def make():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1)).double()
+        for layer in net:
+            torch_parametrization(torch_parametrization(layer), "bias")
+        return net
+
+    net, expected, x = make(), make(), torch.randn(3, 6, dtype=torch.float64)
+    fuse(net)
+    for leave in ("remove", "restore"):
+        replica = copy.deepcopy(net)
+        assert type(replica[0]) is type(net[0])
+        getattr(group_of(replica), leave)()
+        assert type(net[0]).__dict__["weight"].fget.__name__ == "get" and type(replica[0]) is not type(net[0])
+        for model in (net, expected):
+            model.zero_grad(), model(x).sum().backward()
+        close(gradients(net), gradients(expected))
+        assert torch.isfinite(replica(x)).all()
+    group_of(net).remove()
+    assert type(net[0]) is nn.Linear and set(net[0]._parameters) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -48,8 +48,10 @@ def test_variants_at_convergence(variant):
     group = normalize(net, variant, scale=0.7)
     settle(group)
     numbers = {
-        "sn": (1, 0, 0, 1), "ssn": (1, 0, 0, 1), "bsn": (0.5, 0.5, 0, 1), "bssn": (0.5, 0.5, 0, 1), "capped": (1, 0, 0.7, 1)
-    }  # fmt: skip
+        **dict.fromkeys(("sn", "ssn"), (1, 0, 0, 1)),
+        **dict.fromkeys(("bsn", "bssn"), (0.5, 0.5, 0, 1)),
+        "capped": (1, 0, 0.7, 1),
+    }
     out, into, floor, gain = numbers.get(variant, (0.3, 0.7, 0.1, 2.0))
     net.eval()
     for name in LAYERS:
@@ -125,6 +127,31 @@ def test_sigmas_before_a_forward_move_nothing_and_report_the_last_one_afterwards
     assert not torch.equal(group.sigmas()["0"], 2 * first["0"])
 
 
+@pytest.mark.parametrize("semantics", ["torch", "biggan", "paper"])
+def test_layers_in_eval_within_a_training_root_rest(semantics):
+    net = plain()
+    group = normalize(net, "bssn", semantics=semantics)
+    net[0].eval()
+    before = vectors(net)
+    net(images())
+    moved = {name.split(".")[0] for name, v in vectors(net).items() if not torch.equal(v, before[name])}
+    assert moved == (set() if semantics == "paper" else {"2", "4", "6"})
+    group.update()
+    assert all(not torch.equal(v, before[name]) for name, v in vectors(net).items() if v.numel() > 1)
+
+
+def test_gains_that_start_at_sigma():
+    net = plain()
+    raw = [net[int(name)].weight.detach().clone() for name in LAYERS]
+    expected = net.eval()(images())
+    group = normalize(net, "bssn", scale=1.3, learnable_gain="sigma")
+    close(net(images()), expected)
+    close([net[int(name)].weight.detach() for name in LAYERS], raw)
+    gains = [net[int(name)].parametrizations.weight[0]._gain for name in LAYERS]
+    close([g.detach()[0] * 1.3 for g in gains], list(group.sigmas().values()))
+    assert {id(g) for g in gains} < {id(p) for p in net.parameters()}
+
+
 def test_freeze():
     net = plain()
     group = normalize(net, "bssn")
@@ -149,7 +176,9 @@ def test_reset_draws_anew():
     net.train()(images()), net.eval()
     buffers = list(net.buffers())
     torch.manual_seed(5)
+    reported = group.sigmas()["0"]
     group.reset()
+    assert not torch.equal(group.sigmas()["0"], reported)
     assert same(state(net), state(other)) and all(a is b for a, b in zip(buffers, net.buffers()))
 
 
@@ -403,7 +432,8 @@ class TestBadInput:
                 return ["there is none"]
 
         monkeypatch.setitem(backends._BACKENDS, "nowhere", Nowhere())
-        for make in (normalize, lambda net, **k: spectral_norm(net[0], **k), lambda net, **k: fuse(native("hook"), **k)):
+        makers = normalize, lambda net, **k: spectral_norm(net[0], **k), lambda net, **k: fuse(native("hook"), **k)
+        for make in makers:
             net = plain()
             with pytest.raises(RuntimeError, match="nowhere.*there is none"):
                 make(net, backend="nowhere")

@@ -151,6 +151,23 @@ def test_every_semantics(reentrant, options):
     compare(model, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("output_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_weight_is_the_same_bit_for_bit(dtype, output_dtype, backend):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 9, 3), nn.Linear(7, 5)).to(dtype)
+    group = normalize(net, "bssn", learnable_gain=True, output_dtype=output_dtype, backend=backend)
+    with group:
+        first = [net[k].weight for k in range(2)]
+    again = [group._record.replay(k, net[k].parametrizations.weight.original, group.layers[k].gain()) for k in range(2)]
+    for a, b in zip(first, again):
+        assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
+        losses = (t.float().square().sum() for t in (a, b))
+        grads = [torch.autograd.grad(loss, list(net.parameters()), allow_unused=True) for loss in losses]
+        assert all(x is y is None or torch.equal(x, y) for x, y in zip(*grads))
+
+
 @pytest.mark.parametrize("contexts", [True, False])
 def test_complex_weights(contexts):
     """The composed path saves tensors; checkpointing must not count them."""
@@ -181,13 +198,43 @@ def test_complex_weights(contexts):
     close(results[0], results[1])
 
 
-def test_a_frame_of_hold_is_recomputed_without_gradient():
-    model = fused(Checkpointed("parametrization", False, contexts=True))
-    group = group_of(model)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_frame_of_hold_is_recomputed_without_gradient(reentrant):
+    model = fused(Checkpointed("parametrization", reentrant))
+    group, x = group_of(model), images().requires_grad_()
     with group.hold():
-        out = model(images().requires_grad_())
+        out = model(x)
     out.sum().backward()
-    assert all(layer.weight().grad is None for layer in group.layers)
+    assert x.grad is not None and all(layer.weight().grad is None for layer in group.layers)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_newest_of_a_read_outside_and_a_forward_is_recomputed(reentrant):
+    results = []
+    for recompute in (True, False):
+        model = fused(Checkpointed("parametrization", reentrant))
+        net, last = model.net, []
+        for step in range(3):
+            x = images(seed=step).requires_grad_()
+            if step == 1:
+                net[0](images())  # alone, before the forward
+            if step == 2:  # alone, after it, and this is what is recomputed
+                model(images())
+                last = [checkpoint(net[0], x, use_reentrant=reentrant) if recompute else net[0](x)]
+            out = last[0] if last else (model if recompute else net_forward(model))(x)
+            out.square().sum().backward()
+        results.append((gradients(model), vectors(model)))
+    close(results[0], results[1])
+
+
+def net_forward(model):
+    """The same forward without recomputation."""
+
+    def forward(x):
+        with group_of(model):
+            return model.net(x)
+
+    return forward
 
 
 @pytest.mark.parametrize("form", ["parametrization", "hook"])

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import truth
-from zoo import DTYPES, HALVES, LARGE, LAYERS, SHORT, SMALL, VARIANTS, Case, build, check, lay_out, layouts
+from zoo import DTYPES, HALVES, LARGE, LAYERS, SHORT, SMALL, VARIANTS, Case, build, check, lay_out, layouts, on_threads
 
 from bssn_kernels import functional
 from bssn_kernels.backends import cpu
@@ -92,9 +92,9 @@ def test_every_instruction_set(monkeypatch, isa, dtype):
 
 
 @pytest.mark.parametrize("count", (1, 2, 3, 7))
-def test_every_number_of_threads(backend, threads, count):
-    threads(count)
-    check([case for layer in SMALL for case in rotated(layer, torch.float32)[count % 3 :: 3]], backend)
+def test_every_number_of_threads(backend, count):
+    with on_threads(count):
+        check([case for layer in SMALL for case in rotated(layer, torch.float32)[count % 3 :: 3]], backend)
 
 
 @pytest.mark.parametrize("semantics", semantics_names())

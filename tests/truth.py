@@ -69,7 +69,7 @@ def normalize(
     """
     order_out, order_in, norm, through = RULES[semantics]
     if not vectors:
-        iterations, vectors = 1, [torch.ones_like(weight), torch.ones_like(weight[:1])]
+        iterations, vectors, through = 1, [torch.ones_like(weight), torch.ones_like(weight[:1])], True
     new, sigmas = [], []
     for row_axis, order, u, v in zip((axis, 1 - axis), (order_out, order_in), vectors[::2], vectors[1::2]):
         m = as_matrix(weight, row_axis)

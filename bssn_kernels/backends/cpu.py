@@ -110,17 +110,17 @@ class CpuBackend:
         accum, out_dtype = accumulation_dtype(dtype), output_dtype or dtype
         saved = torch.empty(saved_numel, dtype=accum)
         outs = self._empty(tables[0], weights, out_dtype)
-        if any(x.dtype is not accum or not x.is_contiguous() for x in vectors):
+        if {x.dtype for x in vectors} != {accum} or not all(map(Tensor.is_contiguous, vectors)):
             vectors = [x.to(accum).contiguous() for x in vectors]
         gains = [x.to(accum) for x in gains]
         _load()[0].forward(
             _isa_index(),
             tables[0].data_ptr(),
-            [w.data_ptr() for w in weights],
-            [x.data_ptr() for x in vectors],
-            [x.data_ptr() for x in gains],
+            _addresses(weights),
+            _addresses(vectors),
+            _addresses(gains),
             iterations,
-            [x.data_ptr() for x in outs],
+            _addresses(outs),
             saved.data_ptr(),
             _DTYPE_CODES[dtype],
             _DTYPE_CODES[out_dtype],
@@ -143,16 +143,20 @@ class CpuBackend:
             _isa_index(),
             tables[0].data_ptr(),
             layers,
-            [g.data_ptr() for g in grads],
-            [w.data_ptr() for w in weights],
+            _addresses(grads),
+            _addresses(weights),
             saved.data_ptr(),
-            [x.data_ptr() for x in grad_weights],
+            _addresses(grad_weights),
             grad_gains.data_ptr(),
             _DTYPE_CODES[weights[0].dtype],
             _DTYPE_CODES[grads[0].dtype],
             _threads(),
         )
         return grad_weights, grad_gains
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _threads() -> int:

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
+SLOW_S = 1.0
 NOISY = 0.25
 
 
@@ -61,13 +62,14 @@ def interleaved(
     """Time all tasks in rounds, each round in another order, so that a slow minute of the machine hits all alike.
 
     Args:
-        repeats: number of rounds; None takes as many as fit ``budget_s``, from 7 to 100.
+        repeats: number of rounds; None takes as many as fit ``budget_s``, from 7 to 100. Tasks of a second and more
+            take part in every other round.
     """
     MALLOC.map_from(Malloc.USUAL)
     order = list(tasks)
     # The smaller of two calls tells the cost: a first one may pay for what is done once.
-    estimate = sum(min(sample(tasks[key]), sample(tasks[key])) for key in order)
-    rounds = repeats or min(max(int(budget_s / max(estimate, 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
+    costs = {key: min(sample(tasks[key]), sample(tasks[key])) for key in order}
+    rounds = repeats or min(max(int(budget_s / max(sum(costs.values()), 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
     seconds: dict[Key, list[float]] = {key: [] for key in tasks}
     shuffle = random.Random(0).shuffle
     with no_collection():
@@ -75,7 +77,8 @@ def interleaved(
             progress(f"round {i + 1} of {rounds}")
             shuffle(order)
             for key in order:
-                seconds[key].append(sample(tasks[key]))
+                if costs[key] < SLOW_S or i % 2 == 0:
+                    seconds[key].append(sample(tasks[key]))
     return {key: Samples(of_key) for key, of_key in seconds.items()}
 
 
@@ -168,7 +171,7 @@ class MemoryMeter:
     def measure(self, tasks: Sequence[Task]) -> Memory | None:
         """Memory of tasks that were never run before, so that what they keep for the next run is seen.
 
-        Each runs twice, and the larger peak counts. None where ``reason`` says why.
+        None where ``reason`` says why.
         """
         if self.reason:
             return None
@@ -176,7 +179,7 @@ class MemoryMeter:
         try:
             with no_collection():
                 before = self._resident()
-                peaks = [max(self._peak(task) for _ in range(2)) - before for task in tasks]
+                peaks = [self._peak(task) - before for task in tasks]
                 return Memory(peaks, self._resident() - before)
         finally:
             MALLOC.map_from(Malloc.USUAL)

@@ -66,6 +66,8 @@ struct Direction {
 };
 
 // How a layer is read: in panels of whole rows, or of columns.
+constexpr int64_t kColumnPanel = 1 << 18;  // elements
+
 struct Tiling {
   int64_t rows_per_tile = 0, row_tiles = 0;
   int64_t cols_per_tile = 0, col_tiles = 0;  // 0: this layer is never read in columns
@@ -90,7 +92,7 @@ static inline Tiling tiling(const LayerRow& row) {
     possible = possible && !direction.inner_first && direction.row_axis != 2;
     if (direction.row_axis == 1) classes = row.r;
   }
-  const int64_t width = round_up(std::max({int64_t(128), 64 * classes, ceil_div(262144, row.p)}), classes);
+  const int64_t width = round_up(std::max({int64_t(128), 64 * classes, ceil_div(kColumnPanel, row.p)}), 32 * classes);
   if (possible && L >= 4 * width && row.p * width <= (1 << 21)) {
     t.cols_per_tile = width;
     t.col_tiles = ceil_div(L, width);
