@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 from collections.abc import Sequence
+from itertools import accumulate, compress
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch.nn.utils import parametrize
 
 from bssn_kernels import functional
 from bssn_kernels.plan import GroupPlan, LayerSpec
+
+_requires_grad = attrgetter("requires_grad")
 
 
 def in_backward() -> bool:
@@ -57,16 +60,12 @@ class Member:
     def frame(self):
         """The frame that this thread is in, or None."""
         frame = getattr(self.group._local, "frame", None)
-        return cached_frame(self.group) if frame is None and parametrize._cache_enabled else frame
+        return parametrize._cache.get(frame_key(self.group)) if frame is None and parametrize._cache_enabled else frame
 
 
 def frame_key(group) -> tuple[int, str]:
     """The place of a group's frame in the cache of ``parametrize.cached()``, which ends with the block."""
     return id(group), "frame of the group"
-
-
-def cached_frame(group) -> Frame | None:
-    return parametrize._cache.get(frame_key(group))
 
 
 def _same(x):
@@ -157,8 +156,7 @@ class Run:
         """The learnable gains of some layers."""
         if not self.gains:
             return []
-        counts = itertools.accumulate((spec.gain for spec in self.plan.specs), initial=0)
-        position = list(counts)
+        position = list(accumulate((spec.gain for spec in self.plan.specs), initial=0))
         return [self.gains[position[j]] for j in layers if self.plan.specs[j].gain]
 
     def sigmas_of(self, directions: bool = False) -> list[Tensor]:
@@ -196,8 +194,7 @@ class Frame:
             self.weights = arrangement.scatter([run.weights for run in runs])
             outs = arrangement.scatter([run.outs for run in runs])
         self.versions = _versions(self.weights)
-        self.graph = [None] * len(outs)
-        self.plain = [None] * len(outs) if torch.is_grad_enabled() else list(outs)
+        self.graph, self.plain = [None] * len(outs), [None] * len(outs) if torch.is_grad_enabled() else list(outs)
 
     def serves(self, i: int, weight: Tensor) -> bool:
         """Whether W_bar of layer i was computed from this weight as it stands."""
@@ -214,8 +211,8 @@ class Frame:
         run = self.runs[number]
         out = run.outs[j]
         if not torch.is_grad_enabled():
-            self.plain[i] = out.detach() if out.requires_grad else out
-            return self.plain[i]
+            out = self.plain[i] = out.detach() if out.requires_grad else out
+            return out
         if torch._C._are_functorch_transforms_active() and run.saved is not None:
             return run.compose(j, run.weights[j], run.vectors, run.gains_of([j]))  # begun outside of the transform
         if run.saved is None:
@@ -229,17 +226,18 @@ class Frame:
 
     def _attach(self, number: int, run: Run, j: int) -> None:
         """Give the bucket of layer j its autograd node; what was handed out as a plain tensor stays one."""
-        bucket, indices = self.arrangement.bucket(number, j)
-        wanted = [k for k in bucket if run.weights[k].requires_grad or any(g.requires_grad for g in run.gains_of([k]))]
-        if j not in wanted:
-            return
-        globals_of = dict(zip(bucket, indices))
-        outs = [run.outs[k] if self.plain[globals_of[k]] is None else run.outs[k].detach() for k in wanted]
-        if not torch.compiler.is_compiling():
-            outs = [out.clone() if out.is_inference() else out for out in outs]
-        weights, gains = [run.weights[k] for k in wanted], run.gains_of(wanted)
-        for k, out in zip(wanted, functional.attach(outs, run.saved, run.plan, wanted, weights, gains)):
-            self.graph[globals_of[k]] = out
+        places, indices = self.arrangement.bucket(number, j)
+        if run.gains or not all(map(_requires_grad, run.weights)):
+            wanted = [any(map(_requires_grad, (run.weights[k], *run.gains_of([k])))) for k in places]
+            places, indices = list(compress(places, wanted)), list(compress(indices, wanted))
+            if j not in places:
+                return
+        outs = [run.outs[k] if self.plain[i] is None else run.outs[k].detach() for k, i in zip(places, indices)]
+        if not torch.compiler.is_compiling() and outs[0].is_inference():
+            outs = [out.clone() for out in outs]
+        weights = [run.weights[k] for k in places]
+        for i, out in zip(indices, functional.attach(outs, run.saved, run.plan, places, weights, run.gains_of(places))):
+            self.graph[i] = out
 
     def hold(self) -> None:
         """Hand out plain tensors in every gradient mode, for more than one forward."""

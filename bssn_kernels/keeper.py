@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from bssn_kernels.frame import Frame, Replay, cached_frame, frame_key, in_backward
+from bssn_kernels.frame import Frame, Replay, frame_key, in_backward
 from bssn_kernels.parts import Arrangement
 
 
@@ -130,7 +130,7 @@ class FrameKeeper:
         """Under ``parametrize.cached()`` all forwards share one frame, as natively they share each weight."""
         if not parametrize._cache_enabled or any(hasattr(layer, "settle") for layer in self.layers):
             return None
-        frame = cached_frame(self)
+        frame = parametrize._cache.get(frame_key(self))
         if frame is None:
             frame = parametrize._cache[frame_key(self)] = self._frame(still=self.frozen)
             frame.keep = True

@@ -93,7 +93,8 @@ class SpectralNorm(Rule, nn.Module):
             return self.normalize_alone(weight, vectors, gain, moves, "reference")
         finally:
             self.output_dtype = output_dtype
-            self.__dict__.pop("_last", None)
+            for name in ("_plan", "_last"):
+                self.__dict__.pop(name, None)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value

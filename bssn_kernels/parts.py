@@ -38,7 +38,7 @@ class Part:
     """Layers of one device and dtype, in the order of their plan.
 
     Args:
-        layers: objects with ``index``, ``rule`` (see parametrizations.Rule) and ``source()``; the rules agree in
+        layers: objects with ``index``, ``rule`` (see rule.py) and ``source()``; the rules agree in
             backend and output_dtype.
         weights: theirs, as they stand.
         manual: vectors move only on request.

@@ -28,6 +28,15 @@ def nan_filled_empty():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Most tests are too small to share out: threads would only wait for each other. Those about threads set them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def one_seed():
     """Tests do not depend on their order."""

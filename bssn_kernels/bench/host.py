@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bssn_kernels import functional
 from bssn_kernels.bench.measure import Samples, Task, interleaved
 from bssn_kernels.bench.providers import Root, Subject, fused
-from bssn_kernels.bench.report import aligned, of_samples
+from bssn_kernels.bench.report import aligned, of_samples, wrapped
 from bssn_kernels.plan import LayerSpec
 
 COUNTS = (8, 24, 64, 200)
@@ -108,7 +108,7 @@ def host_table(rows: Sequence[HostRow]) -> str:
         us = row.samples.median * 1e6
         numbers = (f"{us:.1f}", f"{us / row.layers:.2f}", f"{row.ratio:.2f}x")
         lines.append((str(row.layers) if new else "", row.what, *numbers))
-    return "\n".join([*aligned(lines, slice(2, None)), "", LEGEND])
+    return "\n".join([*aligned(lines, slice(2, None)), "", *wrapped([LEGEND])])
 
 
 LEGEND = (

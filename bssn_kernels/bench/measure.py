@@ -67,8 +67,7 @@ def interleaved(
     """
     MALLOC.map_from(Malloc.USUAL)
     order = list(tasks)
-    # The smaller of two calls tells the cost: a first one may pay for what is done once.
-    costs = {key: min(sample(tasks[key]), sample(tasks[key])) for key in order}
+    costs = {key: cost(tasks[key]) for key in order}
     rounds = repeats or min(max(int(budget_s / max(sum(costs.values()), 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
     seconds: dict[Key, list[float]] = {key: [] for key in tasks}
     shuffle = random.Random(0).shuffle
@@ -80,6 +79,12 @@ def interleaved(
                 if costs[key] < SLOW_S or i % 2 == 0:
                     seconds[key].append(sample(tasks[key]))
     return {key: Samples(of_key) for key, of_key in seconds.items()}
+
+
+def cost(task: Task) -> float:
+    """Seconds that a run takes, roughly. A quick one is run again, as a first run pays for what is done once."""
+    first = sample(task)
+    return first if first > SLOW_S / 10 else min(first, sample(task))
 
 
 def sample(task: Task) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -76,7 +77,7 @@ def table(rows: Sequence[Row], meter: MemoryMeter) -> str:
             mebibytes(row.kept),
         )
         lines.append((*head, *numbers))
-    return "\n".join([*aligned([HEADER, *lines], NUMBERS), "", *legend(meter)])
+    return "\n".join([*aligned([HEADER, *lines], NUMBERS), "", *wrapped(legend(meter))])
 
 
 def aligned(lines: Sequence[tuple[str, ...] | str], numbers: slice) -> Iterable[str]:
@@ -106,6 +107,12 @@ def legend(meter: MemoryMeter) -> list[str]:
         "extra: MiB at the peak beyond normalized weights (f) and gradients (f+b). kept: MiB that stay taken between"
         f" calls, most of it to hold the results of the next. How: {meter.reason or meter.METHOD}.",
     ]
+
+
+def wrapped(paragraphs: Iterable[str]) -> Iterable[str]:
+    """Lines of a legend that fit a terminal."""
+    for text in paragraphs:
+        yield from textwrap.wrap(text, 110, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def milliseconds(samples: Samples | None) -> str:

@@ -69,7 +69,7 @@ def compare(root: Root, variant: str, grads: Sequence[Tensor]) -> Errors:
         truth = Truth.of(weight, stored, grad, site, resolve_variant(variant))
         rows = list(row_chunks(weight))
         error = join(norm(truth.weight_error(output.detach()[r], r)) for r in rows)
-        weight_errors.append((error / (abs(truth.multiplier) * norm(weight)), site.name))
+        weight_errors.append((relative(error, abs(truth.multiplier) * norm(weight)), site.name))
         together = sharers.setdefault(id(weight), [])
         together.append(truth)
         left[id(weight)] -= 1
@@ -78,7 +78,7 @@ def compare(root: Root, variant: str, grads: Sequence[Tensor]) -> Errors:
             error = join(norm(errors_of_sum(together, computed[r], r)) for r in rows)
             # dW can be small by cancellation (it is 0 for a single element): errors count against m G.
             scale = sum(abs(t.multiplier) * norm(t.grad) for t in together)
-            grad_errors.append((error / scale, site.name))
+            grad_errors.append((relative(error, scale), site.name))
             weight.grad = None
             del sharers[id(weight)]
     return Errors(*worst(weight_errors), *worst(grad_errors))
@@ -159,6 +159,11 @@ def row_chunks(weight: Tensor) -> Iterator[slice]:
 def join(norms: Iterable[float]) -> float:
     """Norm of the whole from the norms of its parts."""
     return math.sqrt(sum(n * n for n in norms))
+
+
+def relative(error: float, scale: float) -> float:
+    """The error in units of the scale; as it is where that is 0, as with zero weights."""
+    return error / scale if scale else error
 
 
 def norm(x: Tensor) -> float:
