@@ -10,7 +10,6 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from itertools import accumulate, compress
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ from torch.nn.utils import parametrize
 
 from bssn_kernels import functional
 from bssn_kernels.plan import GroupPlan, LayerSpec
-
-_requires_grad = attrgetter("requires_grad")
 
 
 def in_backward() -> bool:
@@ -227,8 +224,8 @@ class Frame:
     def _attach(self, number: int, run: Run, j: int) -> None:
         """Give the bucket of layer j its autograd node; what was handed out as a plain tensor stays one."""
         places, indices = self.arrangement.bucket(number, j)
-        if run.gains or not all(map(_requires_grad, run.weights)):
-            wanted = [any(map(_requires_grad, (run.weights[k], *run.gains_of([k])))) for k in places]
+        if run.gains or not all(w.requires_grad for w in run.weights):
+            wanted = [any(t.requires_grad for t in (run.weights[k], *run.gains_of([k]))) for k in places]
             places, indices = list(compress(places, wanted)), list(compress(indices, wanted))
             if j not in places:
                 return

@@ -76,8 +76,9 @@ def test_gradients_arrive_in_the_output_dtype(backend, output_dtype):
 def test_unused_layers_keep_no_gradient(backend):
     layers = layers_of(gain=True)
     outs = normalize(layers, backend).weights
-    expected = torch.autograd.grad(outs[1::2], [x.weight for x in layers[1::2]], list(map(torch.ones_like, outs[1::2])), True)
-    sum(out.sum() for out in outs[1::2]).backward()
+    used, inputs = outs[1::2], [layer.weight for layer in layers[1::2]]
+    expected = torch.autograd.grad(used, inputs, list(map(torch.ones_like, used)), retain_graph=True)
+    sum(out.sum() for out in used).backward()
     for i, layer in enumerate(layers):
         if i % 2 == 0:
             assert layer.weight.grad is None and layer.gain.grad is None
@@ -203,6 +204,28 @@ def test_non_leaf_weights(backend):
     grads = torch.autograd.grad([out.pow(2).sum() for out in outs], [*leaves, *factors])
     assert all(g.norm() > 1e-2 for g in grads[:2])
     assert all(g.abs() < 1e-4 for g in grads[2:]), "W_bar does not feel the length of W"
+
+
+def test_one_weight_in_two_layers(backend):
+    """Each use has its own vectors; the gradients add up."""
+    layers = layers_of(("linear", "linear"))
+    layers[1].weight = layers[0].weight
+    outs = normalize(layers, backend).weights
+    grads = [torch.randn_like(out) for out in outs]
+    alone = [torch.autograd.grad(out, layers[0].weight, grad, retain_graph=True)[0] for out, grad in zip(outs, grads)]
+    torch.autograd.backward(outs, grads)
+    assert not torch.equal(*outs) and torch.equal(layers[0].weight.grad, alone[0] + alone[1])
+
+
+def test_vectors_and_gains_may_be_views(backend):
+    """With any strides, as slices of somebody's flat state are."""
+    layers = layers_of(gain=True)
+    expected = normalize(layers, backend).weights
+    for layer in layers:
+        layer.vectors = [torch.stack([x, x], 1)[:, 1] for x in layer.vectors]
+        layer.gain = layer.gain.detach().expand(3)[1:2].requires_grad_()
+    found = normalize(layers, backend).weights
+    assert all(map(torch.equal, found, expected))
 
 
 def test_backward_leaves_no_cycle(backend):

@@ -29,12 +29,9 @@ def spec(*shape: int, name: str = "first", dtype: torch.dtype = torch.float32, *
         ([spec(3, 4, axis=-3)], ValueError, r"layer 'first': expected an axis of the weight \(3, 4\), got -1"),
         ([spec()], ValueError, r"layer 'first': expected an axis of the weight \(\), got 0"),
         ([spec(3, 0)], ValueError, r"layer 'first': expected a weight with elements, got shape \(3, 0\)"),
-        ([spec(3, 4, dtype=torch.int64)], TypeError, r"'first': expected a floating or complex weight, got torch\.int64"),
-        ([spec(3, 4, dtype=torch.bool)], TypeError, r"'first': expected a floating or complex weight, got torch\.bool"),
-        (
-            [spec(3, 4, dtype=torch.float8_e4m3fn)],
-            TypeError,
-            r"'first': expected a floating or complex weight, got torch\.float8_e4m3fn",
+        *(
+            ([spec(3, 4, dtype=dtype)], TypeError, f"'first': expected a floating or complex weight, got {dtype}")
+            for dtype in (torch.int64, torch.bool, torch.float8_e4m3fn)
         ),
     ],
 )
@@ -45,7 +42,7 @@ def test_make_plan(specs, error, message):
 
 def test_mixed_devices():
     other = LayerSpec.of(torch.empty(3, 4, device="meta"), name="other")
-    with pytest.raises(ValueError, match=r"layer 'other': expected torch\.float32 on cpu .*, got torch\.float32 on meta"):
+    with pytest.raises(ValueError, match=r"layer 'other': expected torch\.float32 on cpu .*float32 on meta"):
         functional.make_plan([spec(3, 4), other], "reference")
 
 
@@ -84,7 +81,7 @@ def nothing_but_the_reference(monkeypatch):
 def test_a_backend_that_runs_nowhere(nothing_but_the_reference):
     assert backends.report() == [("lame", ["it has no legs", "it has no wings"]), ("reference", [])]
     backends.check_name(None), backends.check_name("reference")
-    with pytest.raises(RuntimeError, match="backend 'lame' cannot run on this machine: it has no legs; it has no wings"):
+    with pytest.raises(RuntimeError, match="'lame' cannot run on this machine: it has no legs; it has no wings"):
         backends.check_name("lame")
     with pytest.raises(RuntimeError, match="backend 'lame' cannot take this group: it has no legs"):
         functional.make_plan([spec(3, 4)], "lame")
@@ -134,9 +131,7 @@ class Call:
         self.iterations = 1
 
     def __call__(self):
-        return functional.spectral_normalize(
-            self.weights, self.vectors, self.plan, self.iterations, gains=self.gains
-        )
+        return functional.spectral_normalize(self.weights, self.vectors, self.plan, self.iterations, gains=self.gains)
 
 
 def drop(tensors: list) -> None:
@@ -149,7 +144,7 @@ SPOILED = {
         lambda c: c.weights.__setitem__(1, torch.randn(5, 7)),
         r"layer 'second': expected a weight \(5, 6\) of torch\.float32 on cpu, got \(5, 7\) of torch\.float32 on cpu",
     ),
-    "dtype": (lambda c: c.weights.__setitem__(1, c.weights[1].double()), r"layer 'second'.*got \(5, 6\) of torch\.float64"),
+    "dtype": (lambda c: c.weights.__setitem__(1, c.weights[1].double()), r"'second'.*got \(5, 6\) of torch\.float64"),
     "device": (lambda c: c.weights.__setitem__(0, c.weights[0].to("meta")), r"layer 'first'.*torch\.float32 on meta"),
     "strides": (
         lambda c: c.weights.__setitem__(1, torch.randn(6, 5).t()),
@@ -160,7 +155,7 @@ SPOILED = {
         lambda c: c.vectors.__setitem__(2, torch.randn(4)),
         r"layer 'first': expected a vector \(3,\) that fits torch\.float32, got \(4,\) of torch\.float32",
     ),
-    "vector shape": (lambda c: c.vectors.__setitem__(4, torch.randn(5, 1)), r"layer 'second': expected a vector \(5,\)"),
+    "vector shape": (lambda c: c.vectors.__setitem__(4, torch.randn(5, 1)), r"'second': expected a vector \(5,\)"),
     "vector dtype": (
         lambda c: c.vectors.__setitem__(4, torch.randn(5).double()),
         r"layer 'second': expected a vector \(5,\) that fits torch\.float32, got \(5,\) of torch\.float64",
@@ -169,7 +164,7 @@ SPOILED = {
     "too few gains": (lambda c: drop(c.gains), "gains: expected 1 tensors, got 0"),
     "too many gains": (lambda c: c.gains.append(torch.ones(1)), "gains: expected 1 tensors, got 2"),
     "gain shape": (lambda c: c.gains.__setitem__(0, torch.ones(2)), r"layer 'second'.*gain.*got \(2,\)"),
-    "negative iterations": (lambda c: setattr(c, "iterations", -1), "n_power_iterations: expected a number >= 0.*got -1"),
+    "negative iterations": (lambda c: setattr(c, "iterations", -1), "n_power_iterations: .*a number >= 0.*got -1"),
     "fractional iterations": (lambda c: setattr(c, "iterations", 1.5), r"n_power_iterations: .*got 1\.5"),
     "too few iterations": (lambda c: setattr(c, "iterations", [1]), r"n_power_iterations: .*2 of them, got \[1\]"),
     "None among iterations": (lambda c: setattr(c, "iterations", [1, None]), r"n_power_iterations: .*got \[1, None\]"),

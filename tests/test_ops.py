@@ -56,7 +56,8 @@ def test_opcheck_forward(backend, group, output_dtype):
 def test_opcheck_backward(backend, group, output_dtype):
     count = len(GROUPS[group])
     for layers in {tuple(range(count)), (count - 1,), tuple(range(0, count, 2))}:
-        results = torch.library.opcheck(normalize_backward, backward_arguments(group, backend, output_dtype, list(layers)))
+        given = backward_arguments(group, backend, output_dtype, list(layers))
+        results = torch.library.opcheck(normalize_backward, given)
         assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
 
@@ -85,8 +86,8 @@ def test_fakes_look_like_the_results(backend, dtype, output_dtype):
             return [mode.from_tensor(x) for x in tensors]
 
         fake_outs, fake_saved = normalize(fake(weights), fake(vectors), [], fake(plan.tables), *rest[1:])
-        fake_chosen = [fake_outs[i] for i in indices], [fake(weights)[i] for i in indices], fake_saved, fake(plan.tables)
-        fake_grads, fake_gains = normalize_backward(*fake_chosen, indices, backend)
+        fake_chosen = [fake_outs[i] for i in indices], fake([weights[i] for i in indices])
+        fake_grads, fake_gains = normalize_backward(*fake_chosen, fake_saved, fake(plan.tables), indices, backend)
     for found, true in zip((*fake_outs, fake_saved, *fake_grads, fake_gains), (*outs, saved, *grads, gains)):
         assert looks(found) == looks(true)
 

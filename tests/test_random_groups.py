@@ -1,5 +1,7 @@
 """Random groups: a layer gets the same bits in any group, at any place in it, on any number of threads."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -34,6 +36,13 @@ def layer_drafts(draw) -> dict:
         "poison_vectors": draw(st.sampled_from(POISONS)),
         "seed": draw(st.integers(0, 2**31)),
     }
+
+
+def draft_of(shape: tuple[int, ...], seed: int, **other) -> dict:
+    """A plain layer of both directions."""
+    plain = {"axis": 0, "layout": "contiguous", "variant": Variant(0.5, 0.5), "semantics": "torch", "iterations": 2}
+    rest = {"gain": True, "frozen": False, "poison": "none", "poison_vectors": "none"}
+    return {"shape": shape, "seed": seed, **plain, **rest, **other}
 
 
 def poisoned(x: Tensor, poison: str) -> Tensor:
@@ -77,9 +86,7 @@ def run(layers: list[Layer], backend: str) -> list[list[Tensor]]:
     weights = [layer.weight for layer in layers]
     vectors = [x for layer in layers for x in layer.vectors]
     gains = [x for layer in layers for x in layer.gains]
-    result = functional.spectral_normalize(
-        weights, vectors, plan, [layer.iterations for layer in layers], gains=gains
-    )
+    result = functional.spectral_normalize(weights, vectors, plan, [layer.iterations for layer in layers], gains=gains)
     wanted = [out.requires_grad for out in result.weights]
     outs = [out for out, want in zip(result.weights, wanted) if want]
     for x in (*weights, *gains):
@@ -87,9 +94,10 @@ def run(layers: list[Layer], backend: str) -> list[list[Tensor]]:
     if outs:
         torch.autograd.backward(outs, [layer.grad for layer, want in zip(layers, wanted) if want])
     scalars, new = plan.layout.scalars(result.saved), iter(result.vectors)
+    multipliers = plan.multipliers_of(result.saved)
     found = []
     for i, layer in enumerate(layers):
-        tensors = [result.weights[i].detach(), scalars[i, : 1 + layer.spec.directions], plan.multipliers_of(result.saved)[i]]
+        tensors = [result.weights[i].detach(), scalars[i, : 1 + layer.spec.directions], multipliers[i]]
         tensors += [next(new) for _ in layer.vectors]
         assert (layer.weight.grad is not None) == layer.weight.requires_grad
         tensors += [x.grad for x in (layer.weight, *layer.gains) if x.grad is not None]
@@ -138,28 +146,33 @@ def test_number_of_threads(fused_backend, dtype, drafts):
 def test_large_layers_on_threads(fused_backend, dtype):
     """Layers of several tiles, beside small ones, large and small first; twice, since a race may win once."""
     shapes = [(3, 5), (200, 256, 3, 3), (70, 11), (3, 90_000), (90_000, 3), (129, 65, 2, 2), (7,)]
+    shapes += [(512, 2304), (256, 512, 3, 3)]
     drafts = [
-        {
-            "shape": shape,
-            "axis": 1 if shape == (129, 65, 2, 2) else 0,
-            "layout": "channels_last" if i == 1 else "contiguous",
-            "variant": Variant(0.5, 0.5),
-            "semantics": semantics_names()[-1 - i % 5],
-            "iterations": 1 + i % 3,
-            "gain": i % 2 == 0,
-            "frozen": False,
-            "poison": "none",
-            "poison_vectors": "none",
-            "seed": i,
-        }
+        draft_of(shape, i, iterations=1 + i % 3, gain=i % 2 == 0, semantics=semantics_names()[-1 - i % 5])
         for i, shape in enumerate(shapes)
     ]
+    drafts[1]["layout"], drafts[5]["axis"] = "channels_last", 1
     with on_threads(1):
         expected = run([Layer(draft, dtype) for draft in drafts], fused_backend)
     for count in (2, 3, 7, 2):
         with on_threads(count):
             found = run([Layer(draft, dtype) for draft in reversed(drafts)], fused_backend)
         assert_same_bits(found[::-1], expected)
+
+
+def test_python_threads(fused_backend):
+    """Calls of many threads at once, the interpreter's lock released, give the bits of one call."""
+    drafts = [draft_of(shape, i) for i, shape in enumerate([(64, 32, 3, 3), (10, 7), (200, 300), (9,)])]
+
+    def call(_: int) -> list[list[Tensor]]:
+        torch.set_num_threads(2)
+        return run([Layer(draft, torch.float32) for draft in drafts], fused_backend)
+
+    with on_threads(2):
+        expected = call(0)
+        with ThreadPoolExecutor(8) as pool:
+            for found in pool.map(call, range(40)):
+                assert_same_bits(found, expected)
 
 
 @hypothesis.settings(max_examples=60)

@@ -57,7 +57,7 @@ def test_useless_stored_vectors_become_ones(backend, kind, semantics, stored):
     for k, (x, old) in enumerate(zip(result.vectors, useless)):
         expected = old if k % 2 else torch.full_like(old, old.numel() ** -0.5)
         torch.testing.assert_close(x, expected, rtol=1e-6, atol=0)
-    assert torch.equal(normalize(layer, zeroed(layer), result.vectors, backend).weights[0], torch.zeros_like(layer.weight))
+    assert not normalize(layer, zeroed(layer), result.vectors, backend).weights[0].any()
     assert normalize(layer, layer.weight, result.vectors, backend).weights[0].isfinite().all()
 
 
@@ -128,7 +128,8 @@ def test_small_and_large_weights(backend, semantics, magnitude):
         layer = build(Case(kind, variant="bsn", semantics=semantics))
         one = normalize(layer, layer.weight.detach(), layer.vectors, backend)
         other = normalize(layer, layer.weight.detach() * magnitude, layer.vectors, backend)
-        torch.testing.assert_close(other.sigmas[0], one.sigmas[0] * magnitude, rtol=2e-3 if magnitude < 1 else 1e-5, atol=0)
+        bound = 2e-3 if magnitude < 1 else 1e-5  # eps is felt below
+        torch.testing.assert_close(other.sigmas[0], one.sigmas[0] * magnitude, rtol=bound, atol=0)
 
 
 def test_negative_sigma_of_untrained_vectors(backend):

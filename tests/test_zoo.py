@@ -5,7 +5,22 @@ import itertools
 import pytest
 import torch
 import truth
-from zoo import DTYPES, HALVES, LARGE, LAYERS, SHORT, SMALL, VARIANTS, Case, build, check, lay_out, layouts, on_threads
+from zoo import (
+    DTYPES,
+    HALVES,
+    HUGE,
+    LAYERS,
+    LONG,
+    SHORT,
+    SMALL,
+    VARIANTS,
+    Case,
+    build,
+    check,
+    lay_out,
+    layouts,
+    on_threads,
+)
 
 from bssn_kernels import functional
 from bssn_kernels.backends import cpu
@@ -15,25 +30,26 @@ from bssn_kernels.variants import semantics_names
 ITERATIONS = (1, 0, 3)
 
 
-def rotated(layer: str, dtype: torch.dtype) -> list[Case]:
+def rotated(layer: str, dtype: torch.dtype, turn: int = 0) -> list[Case]:
     """All semantics in all memory formats; variants, iterations and gains take turns."""
     start, names = list(LAYERS).index(layer), list(VARIANTS)
     cases = []
     for n, (layout, semantics) in enumerate(itertools.product(layouts(LAYERS[layer][0]), semantics_names())):
         n += start
-        variant, iterations = names[n * 4 % len(names)], ITERATIONS[n % 3]
-        cases.append(Case(layer, layout, dtype, variant, semantics, iterations, gain=n % 2 == 1))
+        variant, iterations = names[(n * 4 + turn * 5) % len(names)], ITERATIONS[(n + n // 5 + turn) % 3]
+        cases.append(Case(layer, layout, dtype, variant, semantics, iterations, gain=(n + turn) % 2 == 1))
     return cases
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @pytest.mark.parametrize("layer", SMALL)
 def test_every_layer(backend, layer, dtype):
-    check(rotated(layer, dtype), backend)
+    for turn in range(3):
+        check(rotated(layer, dtype, turn), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-@pytest.mark.parametrize("layer", LARGE)
+@pytest.mark.parametrize("layer", LONG)
 def test_100_000_columns_or_rows(backend, layer, dtype):
     wanted = [
         ("torch", 1, "sn", "contiguous"),
@@ -43,7 +59,21 @@ def test_100_000_columns_or_rows(backend, layer, dtype):
     check([Case(layer, layout, dtype, v, s, n, gain=n > 1) for s, n, v, layout in wanted], backend)
 
 
-@pytest.mark.parametrize("layer", LARGE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("layer", HUGE)
+def test_a_million_elements(backend, layer, dtype):
+    cases = rotated(layer, dtype, HUGE.index(layer))
+    check(cases if dtype == torch.float32 and backend != "reference" else cases[::3], backend)
+
+
+@pytest.mark.slow
+def test_more_than_caches_hold(fused_backend):
+    """Kernels may write such groups past the caches."""
+    check([Case("uncached", "contiguous", torch.float32), Case("linear")], fused_backend)
+    check([Case("conv2d"), Case("uncached", "exchanged", torch.float32, "ssn", "paper")], fused_backend)
+
+
+@pytest.mark.parametrize("layer", LONG)
 def test_long_sums_keep_their_accuracy(backend, layer):
     """Of numbers of one sign, where adding one by one in fp32 loses three digits and more."""
     check([Case(layer, semantics=s, iterations=n) for s, n in (("torch", 1), ("torch_hook", 0))], backend, mean=1.0)
@@ -87,8 +117,8 @@ def test_eps_that_counts(backend, dtype, eps):
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_every_instruction_set(monkeypatch, isa, dtype):
     monkeypatch.setenv("BSSN_CPU_ISA", isa)
-    cases = [case for layer in SMALL for case in rotated(layer, dtype)[:: 2 if layer.endswith("large") else 1]]
-    check(cases, "cpu")
+    check([case for layer in SMALL for case in rotated(layer, dtype)], "cpu")
+    check([case for layer in HUGE for case in rotated(layer, dtype)[::4]], "cpu")
 
 
 @pytest.mark.parametrize("count", (1, 2, 3, 7))

@@ -42,6 +42,13 @@ SHAPES = {
     "one_element4": (1, 1, 1, 1),
     "wide": (3, 100_000),
     "tall": (100_000, 3),
+    # a million elements and more, which kernels may read in another way than smaller layers
+    "linear_huge": (512, 2304),
+    "conv2d_huge": (256, 512, 3, 3),
+    "transposed2d_huge": (512, 256, 3, 3),
+    "primes_huge": (1021, 1361),
+    # 64 MiB of float32, more than caches hold
+    "uncached": (4100, 4099),
 }
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -50,12 +57,13 @@ def _layers() -> dict[str, tuple[tuple[int, ...], int]]:
     with torch.device("meta"):
         made = {name: make() for name, make in MODULES.items()}
     layers = {name: (tuple(m.weight.shape), int(isinstance(m, TRANSPOSED))) for name, m in made.items()}
-    return layers | {name: (shape, 0) for name, shape in SHAPES.items()}
+    return layers | {name: (shape, int(name.startswith("transposed"))) for name, shape in SHAPES.items()}
 
 
 LAYERS = _layers()  # name -> shape, row axis of the out-direction
-LARGE = ("wide", "tall")
-SMALL = [name for name in LAYERS if name not in LARGE]
+LONG = ("wide", "tall")
+HUGE = tuple(name for name in LAYERS if name.endswith("_huge"))
+SMALL = [name for name in LAYERS if name not in (*LONG, *HUGE, "uncached")]
 
 VARIANTS = {
     "sn": resolve_variant("sn"),

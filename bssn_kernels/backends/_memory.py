@@ -1,6 +1,6 @@
 """Memory for large results on the CPU, used again by the next call of the same plan.
 
-A fresh block of many megabytes is unmapped when it is freed and mapped again when it is asked for, and touching its
+The C library gives freed memory back to the system, a large block at once and the end of its heap soon, and touching
 pages for the first time costs several times what the arithmetic costs. So a plan keeps the blocks it handed out and
 uses one again once nobody else refers to its storage. They go when the plan goes, or when several calls in a row had
 no use for them. ``BSSN_CPU_REUSE=0`` turns it off.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-SMALLEST = 1 << 20  # bytes; below, the allocator's own reuse is as good
+SMALLEST = 1 << 20  # bytes; smaller blocks stay in the heap of the C library, and are quicker to get there
 IDLE_CALLS = 16  # a training step of a GAN makes four to six calls
 
 # References to a storage, from C++ and Python together; private to torch, so do without where it is missing.
