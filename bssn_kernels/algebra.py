@@ -149,7 +149,8 @@ def normalize(
         sigmas.append(s)
         starts.append(before[1] if order == "uv" else before[0])
         with torch.no_grad():
-            ok = usable(s.detach()) if n_power_iterations else torch.ones_like(s, dtype=torch.bool)
-            new += [settle(u, stored[0], ok), settle(v, stored[1], ok)] if n_power_iterations else [u.clone(), v.clone()]
+            ok = usable(s.detach())
+            for fresh, old in zip((u, v), stored):
+                new.append(settle(fresh, old, ok) if n_power_iterations else old.clone())
     m = multiplier(sigmas, variant, gain)
     return Normalized(m * weight, new, sigmas, m, starts)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from bssn_kernels import functional
-from bssn_kernels.plan import GroupPlan, LayerSpec
+from bssn_kernels.plan import GroupPlan
 
 
 def in_backward() -> bool:
@@ -32,12 +32,6 @@ def resolve_dtype(output_dtype: torch.dtype | str | None, weight: Tensor) -> tor
     if weight.dtype == torch.float64 or weight.is_complex() or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
-
-
-def make_plan(specs: Sequence[LayerSpec], backend: str | None) -> GroupPlan:
-    """A plan whose tables outlive a functorch transform that happens to be active."""
-    with torch._C._DisableFuncTorch():
-        return functional.make_plan(specs, backend)
 
 
 class Member:
@@ -82,7 +76,7 @@ class Run:
     Attributes:
         plan, saved, dtype, iterations, starts: enough to give W_bar again; `saved` is None on the composed path, which
             keeps copies of the vectors it started from.
-        sigmas: of each layer, composed path only.
+        sigmas, directions: of each layer, composed path only.
         outs, weights, vectors, gains, new: what the frame hands out and stores; dropped with it.
         stored: indices of the vectors to store, None for all of them.
     """
@@ -103,7 +97,8 @@ class Run:
             self.starts, self.saved = [v.clone() for v in vectors], None
             with _uncounted():
                 result = functional.composed(weights, self.starts, plan, iterations, gains, dtype)
-            self.outs, self.new, self.sigmas = result.weights, result.vectors, result.sigmas
+            self.outs, self.new = result.weights, result.vectors
+            self.sigmas, self.directions = result.sigmas, result.directions
         else:
             self.outs, self.saved = functional.launch(weights, vectors, plan, iterations, gains, dtype)
 
@@ -127,7 +122,7 @@ class Run:
         specs = self.plan.specs
         first = sum(len(spec.vector_shapes) for spec in specs[:j])
         own = vectors[first : first + len(specs[j].vector_shapes)]
-        plan = make_plan([specs[j]], self.plan.backend.name)
+        plan = functional.make_plan([specs[j]], self.plan.backend.name)
         with _uncounted():
             return functional.composed([weight], own, plan, [self.iterations[j]], gains, self.dtype).weights[0]
 
@@ -160,12 +155,7 @@ class Run:
         """Sigma of each layer, 0-dimensional, or (directions,) numbers each."""
         if self.saved is not None:
             return self.plan.sigmas_of(self.saved, directions)
-        if not directions:
-            return self.sigmas
-        for spec in self.plan.specs:
-            if spec.directions > 1:
-                raise NotImplementedError(f"layer {spec.name!r}: the composed path reports no sigmas by direction")
-        return [s.reshape(1) / (spec.variant.out + spec.variant.into) for s, spec in zip(self.sigmas, self.plan.specs)]
+        return self.directions if directions else self.sigmas
 
 
 class Frame:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bssn_kernels import algebra, backends, ops
-from bssn_kernels.backends.reference import compose
+from bssn_kernels.backends.reference import compose, full_precision
 from bssn_kernels.plan import FLOATS, GroupPlan, LayerSpec, accumulation_dtype
 from bssn_kernels.variants import Semantics, Variant
 from bssn_kernels.views import matrix
@@ -24,12 +24,15 @@ class Normalized(NamedTuple):
             ``torch._foreach_copy_(stored, result.vectors)``.
         sigmas: mean sigma of each layer, 0-dimensional, no gradient.
         saved: the state of the call as one flat tensor, read by ``GroupPlan``; None on the composed path.
+        directions: on the composed path the sigmas of each layer by direction, (directions,); else None, since
+            ``plan.sigmas_of(saved, directions=True)`` has them.
     """
 
     weights: list[Tensor]
     vectors: list[Tensor]
     sigmas: list[Tensor]
     saved: Tensor | None
+    directions: list[Tensor] | None = None
 
 
 def make_plan(specs: Sequence[LayerSpec], backend: str | None = None) -> GroupPlan:
@@ -59,7 +62,8 @@ def make_plan(specs: Sequence[LayerSpec], backend: str | None = None) -> GroupPl
             raise ValueError(f"layer {spec.name!r}: expected a weight with elements, got shape {spec.shape}")
         if spec.dtype not in FLOATS and not spec.dtype.is_complex:
             raise TypeError(f"layer {spec.name!r}: expected a floating or complex weight, got {spec.dtype}")
-    return GroupPlan(specs, *backends.select(specs, backend))
+    with torch._C._DisableFuncTorch():  # the tables outlive a functorch transform that happens to be active
+        return GroupPlan(specs, *backends.select(specs, backend))
 
 
 def plan_for(
@@ -85,6 +89,7 @@ def plan_for(
     return make_plan(specs, backend)
 
 
+@full_precision
 def initial_vectors(weight: Tensor, spec: LayerSpec, generator: torch.Generator | None = None) -> list[Tensor]:
     """Vectors to start from: u, v of the out-direction, then of the in-direction, in the weight's dtype.
 
@@ -206,7 +211,7 @@ def composed(
     for r, spec in zip(results, plan.specs):
         shares = algebra.direction_weights(spec.variant, spec.directions)
         sigmas.append(sum(share * s.detach() for share, s in zip(shares, r.sigmas)))
-    return Normalized(outs, stored, sigmas, None)
+    return Normalized(outs, stored, sigmas, None, [torch.stack(r.sigmas).detach() for r in results])
 
 
 def spectral_normalize(
@@ -274,7 +279,9 @@ def _check_tensors(weights, vectors, gains, plan: GroupPlan) -> None:
                 f"got {tuple(w.shape)} of {w.dtype} on {w.device}"
             )
         if tuple(w.stride()) != spec.stride and not torch._C._are_functorch_transforms_active():
-            raise ValueError(f"layer {spec.name!r}: expected strides {spec.stride}, got {tuple(w.stride())}; make a new plan")
+            raise ValueError(
+                f"layer {spec.name!r}: expected strides {spec.stride}, got {tuple(w.stride())}; make a new plan"
+            )
     shapes = [(spec.name, shape) for spec in plan.specs for shape in spec.vector_shapes]
     if len(vectors) != len(shapes):
         raise ValueError(f"vectors: expected {len(shapes)} tensors, flat in plan order, got {len(vectors)}")

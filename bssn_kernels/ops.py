@@ -108,7 +108,7 @@ class Attach(torch.autograd.Function):
         ]
         if not which:
             return (None, None, None, None, *weight_grads, *gain_grads)
-        dense = [grads[k].to_dense() if grads[k].layout != torch.strided else grads[k] for k in which]
+        dense = [_dense(grads[k]) for k in which]
         if torch.is_grad_enabled() or any(map(_is_batched, dense)):
             for k, grad in zip(which, dense):
                 gain = ctx.gains[gain_of[k]] if k in gain_of else None
@@ -116,10 +116,9 @@ class Attach(torch.autograd.Function):
                 if k in gain_of:
                     gain_grads[gain_of[k]] = gain_grad
             return (None, None, None, None, *weight_grads, *gain_grads)
-        weights = [ctx.weights[k] for k in which]
-        grad_weights, grad_gains = normalize_backward(
-            _like_weights(dense, weights), weights, ctx.saved, plan.tables, [layers[k] for k in which], plan.backend.name
-        )
+        weights, own = [ctx.weights[k] for k in which], [layers[k] for k in which]
+        dense = _like_weights(dense, weights)
+        grad_weights, grad_gains = normalize_backward(dense, weights, ctx.saved, plan.tables, own, plan.backend.name)
         for j, k in enumerate(which):
             weight_grads[k] = grad_weights[j] if wanted[k] else None
             if k in gain_of:
@@ -135,6 +134,11 @@ def _check_versions(ctx) -> None:
                 f"layer {ctx.plan.specs[i].name!r}: its weight was changed in place between forward and backward "
                 f"(expected version {version}, got {weight._version}); run the optimizer step after the backward"
             )
+
+
+def _dense(grad: Tensor) -> Tensor:
+    """Embeddings may send sparse gradients; tracing knows none, and cannot read the layout."""
+    return grad if torch.compiler.is_compiling() or grad.layout == torch.strided else grad.to_dense()
 
 
 def _is_batched(grad: Tensor) -> bool:

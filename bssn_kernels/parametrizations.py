@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bssn_kernels import backends, functional
-from bssn_kernels.frame import Run, make_plan
+from bssn_kernels.frame import Run
 from bssn_kernels.plan import LayerSpec
 from bssn_kernels.rule import Rule, check_gain, check_iterations, check_output_dtype, check_weight
 from bssn_kernels.variants import Semantics, Variant, resolve_semantics, resolve_variant
@@ -102,7 +102,7 @@ class SpectralNorm(Rule, nn.Module):
     def start_gain_at_sigma(self, weight: Tensor) -> None:
         """Set the gain such that W_bar = W where nothing moves."""
         vectors = [self._buffers[name] for name in self.vector_names]
-        plan = make_plan([self.spec(weight)], "reference")
+        plan = functional.make_plan([self.spec(weight)], "reference")
         with torch.no_grad():
             self._gain.fill_(1.0)
             run = Run(plan, (weight,), vectors, (self._gain,), (self.resting_iterations,), None)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bssn_kernels.frame import Frame, Run, make_plan, resolve_dtype
+from bssn_kernels import functional
+from bssn_kernels.frame import Frame, Run, resolve_dtype
 
 
 class Source(NamedTuple):
@@ -47,7 +48,7 @@ class Part:
     def __init__(self, layers: Sequence, weights: Sequence[Tensor], manual: bool) -> None:
         rules = [layer.rule for layer in layers]
         self.indices = [layer.index for layer in layers]
-        self.plan = make_plan([rule.spec(w) for rule, w in zip(rules, weights)], rules[0].backend)
+        self.plan = functional.make_plan([rule.spec(w) for rule, w in zip(rules, weights)], rules[0].backend)
         self.output_dtype = rules[0].output_dtype
         sources = [layer.source() for layer in layers]
         self.weight_places = [(s.owner, s.key, s.container, s.name) for s in sources]

@@ -32,6 +32,7 @@ SCALARS = (
 )
 
 # Columns of the layer table, eight bytes each: integers, then float64 seen as int64. csrc/tables.h has the same list.
+_DIRECTION_FIELDS = ("row_axis", "vu", "rows", "cols", "outer", "inner", "start_offset")
 INTEGER_FIELDS = (
     "axis",
     "p",
@@ -43,7 +44,8 @@ INTEGER_FIELDS = (
     "through",
     "vector_offset",
     "scalar_offset",
-    *(f"{name}_{d}" for d in ("out", "in") for name in ("row_axis", "vu", "rows", "cols", "outer", "inner", "start_offset")),
+    *(f"{name}_out" for name in _DIRECTION_FIELDS),
+    *(f"{name}_in" for name in _DIRECTION_FIELDS),
 )
 FLOAT_FIELDS = ("eps", "weight_out", "weight_in", "floor", "gain")
 
@@ -190,8 +192,8 @@ def layer_table(specs: Sequence[LayerSpec], layout: Layout) -> Tensor:
             row += [directions[d].row_axis if directions else 0, vu, *spec.matrix_shapes[d], *place, start_offset]
             start_offset += spec.start_sizes[d] if through else 0
         vector_offset += sum(sum(shape) for shape in spec.matrix_shapes)
-        weights = direction_weights(spec.variant, spec.directions)
-        floats.append([spec.eps, weights[0], weights[1] if len(weights) > 1 else 0.0, spec.variant.floor, spec.variant.gain])
+        shares = (*direction_weights(spec.variant, spec.directions), 0.0)[:2]
+        floats.append([spec.eps, *shares, spec.variant.floor, spec.variant.gain])
         integers.append([int(x) for x in row])
     as_int64 = torch.tensor(floats, dtype=torch.float64, device="cpu").view(torch.int64)
     return torch.cat([torch.tensor(integers, dtype=torch.int64, device="cpu"), as_int64], dim=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from bssn_kernels import functional
-from bssn_kernels.frame import Frame, Member, Run, in_backward, make_plan, resolve_dtype
+from bssn_kernels.frame import Frame, Member, Run, in_backward, resolve_dtype
 from bssn_kernels.plan import LayerSpec
 from bssn_kernels.variants import Semantics, Variant
 
@@ -66,7 +66,7 @@ class Rule:
         """W_bar of this layer, computed by itself; moves the vectors where the semantics say so."""
         plan, group = self._plan, self._member and self._member.group
         if plan is None or plan.backend.name != (backend or plan.backend.name) or not plan.matches((weight,)):
-            plan = make_plan([self.spec(weight)], backend)
+            plan = functional.make_plan([self.spec(weight)], backend)
             self.__dict__["_plan"] = plan
         record, recomputing = group and group._record, in_backward()
         if recomputing and self._last is not None and self._last_after() is record:

@@ -86,7 +86,8 @@ def dense_view(shape: tuple[int, ...], stride: tuple[int, ...], row_axes: tuple[
     merged: list[list[int]] = []  # runs of logical axes that are one physical axis and keep their logical order
     for i in axes:
         previous = merged[-1] if merged else None
-        if previous and i not in row_axes and previous[-1] not in row_axes and _adjacent(previous[-1], i, shape, row_axes):
+        apart = i in row_axes or not previous or previous[-1] in row_axes
+        if not apart and _adjacent(previous[-1], i, shape, row_axes):
             previous.append(i)
         else:
             merged.append([i])

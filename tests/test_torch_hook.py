@@ -198,6 +198,16 @@ def test_pickle(wrap):
     assert torch.equal(layer.eval()(x), again.eval()(x))
 
 
+def test_copies_after_a_forward(wrap):
+    """Natively refused while the weight has a place in the graph; a copy goes its own way."""
+    layer, x = wrap(linear()), images()
+    layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x)) and torch.equal(twin.weight_u, layer.weight_u)
+    twin(x)
+    assert not torch.equal(twin.weight_u, layer.weight_u)
+
+
 def test_restored_layers_are_torchs(backend):
     """What fuse changed, restore changes back: type of the hook, numbers, torch's removal."""
     layer, x = native(linear()), images()

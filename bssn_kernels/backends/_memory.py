@@ -46,7 +46,10 @@ class Pool:
             self._blocks[size] = [b for b in blocks if self._call - b.last_call <= IDLE_CALLS]
 
     def empty_like(self, tensor: Tensor, dtype: torch.dtype, on_fresh: Callable[[int, int], None]) -> Tensor:
-        """An uninitialized tensor with shape and strides of a dense one; ``on_fresh(address, bytes)`` sees new memory."""
+        """An uninitialized tensor with shape and strides of a dense one.
+
+        ``on_fresh(address, bytes)`` is called for memory that was never touched.
+        """
         size = tensor.numel() * dtype.itemsize
         for block in self._blocks.get(size, ()):
             storage = block.storage

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -13,6 +15,20 @@ from bssn_kernels.variants import Semantics, Variant
 from bssn_kernels.views import fold, matrix
 
 _SLOT = {name: i for i, name in enumerate(SCALARS)}
+
+
+def full_precision(function: Callable) -> Callable:
+    """Products stay in accumulation dtype where autocast would make them half: it is switched off inside."""
+
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        with contextlib.ExitStack() as off:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    off.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 class ReferenceBackend:
@@ -28,6 +44,7 @@ class ReferenceBackend:
         """Nothing beside the layer table."""
         return []
 
+    @full_precision
     def normalize(
         self,
         weights: Sequence[Tensor],
@@ -64,6 +81,7 @@ class ReferenceBackend:
             normalized.append(out.copy_(result.weight))
         return normalized, saved
 
+    @full_precision
     def normalize_backward(
         self,
         grads: Sequence[Tensor],
@@ -181,6 +199,7 @@ def _den(norm: Tensor, row: LayerRow) -> tuple[Tensor, Tensor]:
     return norm.clamp_min(row.eps), (norm > row.eps).to(norm.dtype)
 
 
+@full_precision
 def compose(
     specs: Sequence[LayerSpec],
     weights: Sequence[Tensor],
@@ -211,8 +230,14 @@ def compose(
     return results
 
 
+@full_precision
 def compose_backward(
-    spec: LayerSpec, grad: Tensor, weight: Tensor, gain: Tensor | None, vectors: Sequence[Tensor], starts: Sequence[Tensor]
+    spec: LayerSpec,
+    grad: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    vectors: Sequence[Tensor],
+    starts: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """dW and dgain of one layer by autograd, themselves differentiable in grad, weight and gain.
 
@@ -222,7 +247,10 @@ def compose_backward(
     accum = accumulation_dtype(weight.dtype)
     with torch.enable_grad():
         if starts:
-            vectors = [x for start in starts for x in (start, start)]  # the iteration reads the one it starts from
+            first = [1 if spec.semantics.order_of(d) == "uv" else 0 for d in range(spec.directions)]
+            vectors = list(vectors)
+            for d, start in enumerate(starts):
+                vectors[2 * d + first[d]] = start
         result = algebra.normalize(
             weight.to(accum),
             vectors,

@@ -71,17 +71,19 @@ class Schedule {
   // first are at work, and a layer's second reading still follows its first closely enough to find it in cache.
   void build() {
     states_ = std::vector<State>(layers_);
-    int64_t waves = 0;
+    int64_t waves = 0, most = 0;
     for (int64_t l = 0; l < layers_; ++l) {
       const int64_t stages = int64_t(tiles_[l].size());
       states_[l].left.reset(new std::atomic<int64_t>[stages]);
       for (int64_t s = 0; s < stages; ++s) states_[l].left[s] = tiles_[l][s];
       waves = waves > l + stages ? waves : l + stages;
+      most = most > stages ? most : stages;
     }
     for (int64_t wave = 0; wave < waves; ++wave) {
       for (int64_t l = wave < layers_ ? wave : layers_ - 1; l >= 0; --l) {
         const int64_t s = wave - l;
-        if (s >= int64_t(tiles_[l].size())) break;
+        if (s >= most) break;
+        if (s >= int64_t(tiles_[l].size())) continue;
         for (int64_t t = 0; t < tiles_[l][s]; ++t) tickets_.push_back({int32_t(l), int32_t(s), t});
       }
     }
