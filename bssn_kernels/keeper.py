@@ -107,12 +107,14 @@ class FrameKeeper:
             weights = arrangement.weights()
         return arrangement.frame(weights, **how)
 
-    @torch.compiler.disable
     def _arrange(self) -> Arrangement:
         if self._removed:
             raise RuntimeError("this SpectralGroup was removed from its model")
         self._arrangement = Arrangement(self.layers, self.manual, self.backward_buckets)
         return self._arrangement
+
+    # What torch.compiler.disable sets; the decorator itself would import all of dynamo with this package.
+    _arrange._torchdynamo_disable = True
 
     def _enter(self) -> Frame:
         """The frame for what begins now."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bssn_kernels import backends
 from bssn_kernels.backends.reference import compose_backward
-from bssn_kernels.plan import GroupPlan, accumulation_dtype
+from bssn_kernels.plan import SCALARS, GroupPlan, accumulation_dtype
 
 _library = torch.library.Library("bssn_kernels", "DEF")
 
@@ -149,7 +149,10 @@ def _composed_layer(ctx, k: int, grad: Tensor, gain: Tensor | None) -> tuple[Ten
     layout, i = ctx.plan.layout, ctx.layers[k]
     first, spec = layout.first_vector[i], ctx.plan.specs[i]
     vectors = layout.vectors(ctx.saved)[first : first + 2 * spec.directions]
-    return compose_backward(spec, grad, ctx.weights[k], gain, vectors, layout.starts(ctx.saved, i))
+    starts = layout.starts(ctx.saved, i)
+    if starts and not layout.scalars(ctx.saved)[i, SCALARS.index("start_out")]:
+        starts = ()  # the forward took the stored vectors as they are: there is no iteration to go through
+    return compose_backward(spec, grad, ctx.weights[k], gain, vectors, starts)
 
 
 def _like_weights(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

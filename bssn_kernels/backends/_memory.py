@@ -15,14 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 SMALLEST = 1 << 20  # bytes; smaller blocks stay in the heap of the C library, and are quicker to get there
 IDLE_CALLS = 16  # a training step of a GAN makes four to six calls
 
 # References to a storage, from C++ and Python together; private to torch, so do without where it is missing.
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
-_pools: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -69,15 +67,15 @@ class Pool:
 def allocate(
     owner: Tensor, like: Sequence[Tensor], dtype: torch.dtype, on_fresh: Callable[[int, int], None]
 ) -> list[Tensor]:
-    """Uninitialized tensors like the given ones, from the pool of the plan whose layer table is ``owner``."""
+    """Uninitialized tensors like the given ones, from the pool of the plan, which lives as an attribute
+    of its layer table, ``owner``.
+    """
     smallest = SMALLEST // dtype.itemsize
     large = [t.numel() >= smallest for t in like]
     if not any(large) or _use_count is None or os.environ.get("BSSN_CPU_REUSE") == "0":
         return [torch.empty_like(t, dtype=dtype) for t in like]
     with _lock:
-        if owner not in _pools:
-            _pools[owner] = Pool()
-        pool = _pools[owner]
+        pool = owner.__dict__.setdefault("pool", Pool())
         pool.next_call()
         return [
             pool.empty_like(t, dtype, on_fresh) if big else torch.empty_like(t, dtype=dtype)

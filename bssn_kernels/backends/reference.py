@@ -244,20 +244,20 @@ def compose_backward(
     ``vectors`` are those of the forward; ``starts``, where the gradient goes through the iteration, what its last
     step started from.
     """
-    accum = accumulation_dtype(weight.dtype)
+    accum, semantics = accumulation_dtype(weight.dtype), spec.semantics if starts else _CONSTANT
+    vectors = list(vectors)
+    for d, start in enumerate(starts):
+        vectors[2 * d + (spec.semantics.order_of(d) == "uv")] = start
+    if not spec.stores_vectors:
+        semantics, vectors[1] = _EXACT, torch.ones_like(vectors[1])
     with torch.enable_grad():
-        if starts:
-            first = [1 if spec.semantics.order_of(d) == "uv" else 0 for d in range(spec.directions)]
-            vectors = list(vectors)
-            for d, start in enumerate(starts):
-                vectors[2 * d + first[d]] = start
         result = algebra.normalize(
             weight.to(accum),
             vectors,
             variant=spec.variant,
-            semantics=spec.semantics if starts else _CONSTANT,
+            semantics=semantics,
             axis=spec.axis,
-            n_power_iterations=1 if starts else 0,
+            n_power_iterations=int(semantics.gradient == "through"),
             eps=spec.eps,
             gain=None if gain is None else gain.to(accum),
         )
@@ -267,4 +267,5 @@ def compose_backward(
 
 
 _CONSTANT = Semantics("uv", "max", "stored", "constant", "forward", "warm")
-_EXACT = _CONSTANT  # one step of order uv on a (n, 1) matrix is its norm, without error
+# One step of order uv on a (n, 1) matrix is its norm, without error, and through the step so is every derivative.
+_EXACT = Semantics("uv", "max", "stored", "through", "forward", "warm")

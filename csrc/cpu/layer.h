@@ -77,12 +77,13 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Depends on the shape alone, so that the order of sums does. Row panels have at least 96 rows, which keeps their
-// partial sums near 1 % of the layer, and at least 64 Ki elements, which keeps the price of a ticket near nothing.
+// partial sums near 1 % of the layer, and 64 Ki elements, which keeps the price of a ticket near nothing, unless that
+// would add more than 512 rows in float.
 // Column panels fit a 1 MiB share of a level-two cache where rows are long enough to be worth it.
 static inline Tiling tiling(const LayerRow& row) {
   const int64_t L = row.q * row.r;
   Tiling t;
-  const int64_t most = std::max<int64_t>(96, ceil_div(65536, L));
+  const int64_t most = std::max<int64_t>(96, std::min<int64_t>(512, ceil_div(65536, L)));
   t.rows_per_tile = std::min(row.p, round_up(ceil_div(row.p, ceil_div(row.p, most)), 4));
   t.row_tiles = ceil_div(row.p, t.rows_per_tile);
   int64_t classes = 1;
