@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 

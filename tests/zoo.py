@@ -203,7 +203,8 @@ def check(cases: list[Case], backend: str, *, output_dtype=None, seed: int = 0, 
         _close_elements(out, expected.weight, f"{layer.case.name}: W_bar")
         scale = max(expected.grad_weight.norm().item(), expected.multiplier.abs().item() * grad.double().norm().item())
         _close_norms(layer.weight.grad, expected.grad_weight, scale, f"{layer.case.name}: dW")
-        bound = 1e-12 if layer.case.dtype == torch.float64 else 1e-6
+        # The reference adds by torch's own products, which lose more over 100,000 numbers than ours may.
+        bound = 1e-12 if layer.case.dtype == torch.float64 else 4e-6 if plan.backend.name == "reference" else 1e-6
         numbers = [*zip(by_direction[i], expected.sigmas), (result.sigmas[i], expected.mean)]
         for sigma, true in (*numbers, (multipliers[i], expected.multiplier)):
             error = abs(sigma.item() / true.item() - 1)
