@@ -263,7 +263,8 @@ def _attach_wanted(outs, saved, plan, weights, gains) -> list[Tensor]:
 
 def _checked_iterations(n_power_iterations: int | Sequence[int], plan: GroupPlan) -> list[int]:
     n = len(plan.specs)
-    iterations = [n_power_iterations] * n if isinstance(n_power_iterations, int) else list(n_power_iterations)
+    several = isinstance(n_power_iterations, Sequence) and not isinstance(n_power_iterations, str)
+    iterations = list(n_power_iterations) if several else [n_power_iterations] * n
     if len(iterations) != n or any(not isinstance(k, int) or k < 0 for k in iterations):
         raise ValueError(f"n_power_iterations: expected a number >= 0, or {n} of them, got {n_power_iterations!r}")
     return iterations
@@ -287,9 +288,19 @@ def _check_tensors(weights, vectors, gains, plan: GroupPlan) -> None:
         raise ValueError(f"vectors: expected {len(shapes)} tensors, flat in plan order, got {len(vectors)}")
     accumulation = accumulation_dtype(plan.dtype)
     for x, (name, shape) in zip(vectors, shapes):
-        if tuple(x.shape) != shape or torch.promote_types(x.dtype, accumulation) != accumulation:
+        fits = torch.promote_types(x.dtype, accumulation) == accumulation
+        if tuple(x.shape) != shape or not fits or x.device != plan.device:
             raise ValueError(
-                f"layer {name!r}: expected a vector {shape} that fits {accumulation}, got {tuple(x.shape)} of {x.dtype}"
+                f"layer {name!r}: expected a vector {shape} that fits {accumulation} on {plan.device}, "
+                f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
             )
-    if len(gains) != plan.gains:
-        raise ValueError(f"gains: expected {plan.gains} tensors, got {len(gains)}")
+    owners = [spec for spec in plan.specs if spec.gain]
+    if len(gains) != len(owners):
+        raise ValueError(f"gains: expected {len(owners)} tensors, got {len(gains)}")
+    for gain, spec in zip(gains, owners):
+        fits = torch.promote_types(gain.dtype, accumulation) == accumulation
+        if gain.numel() != 1 or not fits or gain.device != plan.device:
+            raise ValueError(
+                f"layer {spec.name!r}: expected a gain of one element that fits {accumulation} on {plan.device}, "
+                f"got {tuple(gain.shape)} of {gain.dtype} on {gain.device}"
+            )

@@ -153,12 +153,12 @@ SPOILED = {
     "too few vectors": (lambda c: drop(c.vectors), "vectors: expected 6 tensors, flat in plan order, got 5"),
     "vector size": (
         lambda c: c.vectors.__setitem__(2, torch.randn(4)),
-        r"layer 'first': expected a vector \(3,\) that fits torch\.float32, got \(4,\) of torch\.float32",
+        r"layer 'first': expected a vector \(3,\) that fits torch\.float32 on cpu, got \(4,\) of torch\.float32",
     ),
     "vector shape": (lambda c: c.vectors.__setitem__(4, torch.randn(5, 1)), r"'second': expected a vector \(5,\)"),
     "vector dtype": (
         lambda c: c.vectors.__setitem__(4, torch.randn(5).double()),
-        r"layer 'second': expected a vector \(5,\) that fits torch\.float32, got \(5,\) of torch\.float64",
+        r"layer 'second': expected a vector \(5,\) that fits torch\.float32 on cpu, got \(5,\) of torch\.float64",
     ),
     "vector device": (lambda c: c.vectors.__setitem__(4, torch.empty(5, device="meta")), "layer 'second'.*meta"),
     "too few gains": (lambda c: drop(c.gains), "gains: expected 1 tensors, got 0"),
