@@ -103,7 +103,7 @@ def select(specs: Sequence[LayerSpec], name: str | None = None) -> tuple[Backend
     for backend in _BACKENDS.values():
         reasons = backend.unsupported(specs)
         if not reasons:
-            if backend.name == "reference":
+            if backend.name == "reference" and not specs[0].dtype.is_complex:  # complex weights take the composed path
                 _note_fallback(passed)
             return backend, passed
         passed.append(f"{backend.name}: {'; '.join(reasons)}")
