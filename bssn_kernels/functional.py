@@ -122,8 +122,11 @@ def _draw(m: Tensor, n: int, start: str, generator: torch.Generator | None) -> T
 
 
 def needs_composed(weights: Sequence[Tensor]) -> bool:
-    """Whether a fused kernel cannot take these weights: functorch transforms, complex numbers, tensor subclasses."""
-    if torch._C._are_functorch_transforms_active():
+    """Whether a fused kernel cannot take these weights: functorch transforms, complex numbers, tensor subclasses.
+
+    Nor can ``torch.jit.trace``, which records single operations of PyTorch.
+    """
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return True
     if not set(map(type, weights)) <= _PLAIN and any(map(_is_foreign, weights)):
         return True

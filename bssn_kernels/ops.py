@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from bssn_kernels import backends
 from bssn_kernels.backends.reference import compose_backward
@@ -59,7 +60,7 @@ def normalize(weights, vectors, gains, tables, iterations, saved_numel, output_d
 
     Bringing a hundred tensors through the dispatcher and back costs as much as a small group's arithmetic.
     """
-    if torch.compiler.is_compiling() or not set(map(type, weights)) <= _PLAIN or torch._C._len_torch_dispatch_stack():
+    if _watched(weights):
         op = torch.ops.bssn_kernels.normalize
         return op(weights, vectors, gains, tables, iterations, saved_numel, output_dtype, backend)
     return _normalize(weights, vectors, gains, tables, iterations, saved_numel, output_dtype, backend)
@@ -67,12 +68,22 @@ def normalize(weights, vectors, gains, tables, iterations, saved_numel, output_d
 
 def normalize_backward(grads, weights, saved, tables, layers, backend):
     """The op ``normalize_backward``, likewise."""
-    if torch.compiler.is_compiling() or not set(map(type, grads)) <= _PLAIN or torch._C._len_torch_dispatch_stack():
+    if _watched(grads):
         return torch.ops.bssn_kernels.normalize_backward(grads, weights, saved, tables, layers, backend)
     return _normalize_backward(grads, weights, saved, tables, layers, backend)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _watched(tensors: Sequence[Tensor]) -> bool:
+    """Whether something follows the dispatcher: a compiler or an export, a mode, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or not set(map(type, tensors)) <= _PLAIN
+        or is_in_torch_dispatch_mode()
+        or torch._is_functional_tensor(tensors[0])
+    )
 
 
 class Attach(torch.autograd.Function):

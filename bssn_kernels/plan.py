@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -195,8 +196,8 @@ def layer_table(specs: Sequence[LayerSpec], layout: Layout) -> Tensor:
         shares = (*direction_weights(spec.variant, spec.directions), 0.0)[:2]
         floats.append([spec.eps, *shares, spec.variant.floor, spec.variant.gain])
         integers.append([int(x) for x in row])
-    as_int64 = torch.tensor(floats, dtype=torch.float64, device="cpu").view(torch.int64)
-    return torch.cat([torch.tensor(integers, dtype=torch.int64, device="cpu"), as_int64], dim=1)
+    bits = [list(struct.unpack(f"={len(row)}q", struct.pack(f"={len(row)}d", *row))) for row in floats]
+    return torch.tensor([i + f for i, f in zip(integers, bits)], dtype=torch.int64, device="cpu")
 
 
 def layer_rows(table: Tensor) -> list[LayerRow]:
