@@ -128,12 +128,9 @@ def needs_composed(weights: Sequence[Tensor]) -> bool:
     """
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return True
-    if not set(map(type, weights)) <= _PLAIN and any(map(_is_foreign, weights)):
+    if not set(map(type, weights)) <= ops.PLAIN and any(map(_is_foreign, weights)):
         return True
     return weights[0].dtype.is_complex
-
-
-_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def _is_foreign(weight: Tensor) -> bool:

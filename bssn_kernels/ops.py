@@ -73,14 +73,14 @@ def normalize_backward(grads, weights, saved, tables, layers, backend):
     return _normalize_backward(grads, weights, saved, tables, layers, backend)
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = {Tensor, torch.nn.Parameter}  # types without a meaning of their own
 
 
 def _watched(tensors: Sequence[Tensor]) -> bool:
     """Whether something follows the dispatcher: a compiler or an export, a mode, a tensor subclass."""
     return (
         torch.compiler.is_compiling()
-        or not set(map(type, tensors)) <= _PLAIN
+        or not set(map(type, tensors)) <= PLAIN
         or is_in_torch_dispatch_mode()
         or torch._is_functional_tensor(tensors[0])
     )

@@ -32,8 +32,7 @@ struct State {
   std::vector<Pass> passes;
   // Offsets in the workspace.
   int64_t spread[2], slab[2], vector[2], partial[2], dots[2];
-  // First raw product of the running iteration, and what the last iteration gave.
-  double first[2] = {};
+  // What the last iteration gave.
   DirectionResult result[2];
   A multiplier = 0;
 };
@@ -158,7 +157,7 @@ class Forward {
     } else if (stage > passes) {
       scale(l, tile);
     } else if (states_[l].passes[stage - 1].columns) {
-      column_tile(l, states_[l].passes[stage - 1], tile, thread);
+      column_tile(l, tile, thread);
     } else {
       row_tile(l, states_[l].passes[stage - 1], tile, thread);
     }
@@ -225,7 +224,7 @@ class Forward {
     }
   }
 
-  void column_tile(int64_t l, const Pass& pass, int64_t tile, int thread) {
+  void column_tile(int64_t l, int64_t tile, int thread) {
     State<A>& s = states_[l];
     const int directions = int(row(l).directions);
     const int64_t L = s.direction[0].L;
@@ -253,7 +252,6 @@ class Forward {
         inner_rows<N>(direction, weight(l) + p * L + begin, spread, end - begin, scratch(thread), slab);
       }
     });
-    (void)pass;
   }
 
   // Adds the tiles of a pass in their order; at the end of an iteration applies the norms, at the end of the last one
