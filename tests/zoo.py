@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from truth import relative
 
 from bssn_kernels import functional
+from bssn_kernels.backends.triton import interpreting
 from bssn_kernels.plan import LayerSpec, accumulation_dtype
 from bssn_kernels.variants import Variant, resolve_variant
 
@@ -200,9 +201,9 @@ def check(cases: list[Case], backend: str, *, output_dtype=None, seed: int = 0, 
         assert out.dtype == (output_dtype or layer.weight.dtype)
         assert out.stride() == layer.weight.stride() == layer.weight.grad.stride(), layer.case.name
         assert layer.weight.grad.dtype == layer.weight.dtype
-        _close_elements(out, expected.weight, f"{layer.case.name}: W_bar")
+        _close_elements(out, expected.weight, f"{layer.case.name}: W_bar", backend)
         scale = max(expected.grad_weight.norm().item(), expected.multiplier.abs().item() * grad.double().norm().item())
-        _close_norms(layer.weight.grad, expected.grad_weight, scale, f"{layer.case.name}: dW")
+        _close_norms(layer.weight.grad, expected.grad_weight, scale, f"{layer.case.name}: dW", backend)
         # The reference adds by torch's own products, which lose more over 100,000 numbers than ours may.
         bound = 1e-12 if layer.case.dtype == torch.float64 else 4e-6 if plan.backend.name == "reference" else 1e-6
         numbers = [*zip(by_direction[i], expected.sigmas), (result.sigmas[i], expected.mean)]
@@ -261,23 +262,29 @@ HALF_ULP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.
 HALF_TINY = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}
 
 
-def _close_elements(found: Tensor, expected: Tensor, what: str) -> None:
+def rounding(dtype: torch.dtype, backend: str) -> float:
+    """Relative error of a rounding to ``dtype``. Triton's interpreter cuts bfloat16 off where devices round."""
+    cut = backend == "triton" and interpreting() and dtype == torch.bfloat16
+    return (2 if cut else 1) * HALF_ULP[dtype]
+
+
+def _close_elements(found: Tensor, expected: Tensor, what: str, backend: str) -> None:
     """W_bar is one product per element: the multiplier's error, then a rounding to the output's dtype."""
     multiplier_error = 1e-12 if found.dtype == torch.float64 else 2e-6
-    bound = (HALF_ULP[found.dtype] + multiplier_error) * expected.abs() + HALF_TINY[found.dtype]
+    bound = (rounding(found.dtype, backend) + multiplier_error) * expected.abs() + HALF_TINY[found.dtype]
     worst = ((found.detach().double() - expected).abs() - bound).max().item()
     assert worst <= 0, f"{what}: {worst} over the bound"
     if found.dtype == torch.float32:
         assert relative(found, expected) <= 1e-5, what
 
 
-def _close_norms(found: Tensor, expected: Tensor, scale: float, what: str) -> None:
+def _close_norms(found: Tensor, expected: Tensor, scale: float, what: str, backend: str) -> None:
     """Relative in the Frobenius norm: the arithmetic, then a rounding to the gradient's dtype.
 
     ``scale`` is |dW|, or |m G| where the rank term cancels that, as it does in a weight of one element.
     """
     arithmetic = 1e-12 if found.dtype == torch.float64 else 1e-5
-    bound = arithmetic * scale + HALF_ULP[found.dtype] * expected.norm().item()
+    bound = arithmetic * scale + rounding(found.dtype, backend) * expected.norm().item()
     bound += HALF_TINY[found.dtype] * expected.numel() ** 0.5
     error = (found.double() - expected).norm().item()
     assert error <= bound, f"{what}: {error} > {bound}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bssn_kernels.backends.cpu import CpuBackend
 from bssn_kernels.backends.reference import ReferenceBackend
+from bssn_kernels.backends.triton import TritonBackend
 from bssn_kernels.plan import LayerSpec
 
 
@@ -48,7 +49,7 @@ class Backend(Protocol):
 
 
 # In order of preference. A later backend is added here and nowhere else.
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TritonBackend(), ReferenceBackend())}
 _warned: set[str] = set()
 
 

@@ -1,0 +1,449 @@
+"""The Triton backend: one launch for all layers of a group, on any NVIDIA GPU from sm_75 on, without a compiler.
+
+With ``TRITON_INTERPRET=1`` it runs on CPU tensors, slowly, which is how its logic is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bssn_kernels.backends._geometry import COLS, FLAT, ROWS
+from bssn_kernels.backends._schedule import ADDRESSES, BackwardSchedule, ForwardSchedule, Schedule
+from bssn_kernels.plan import FLOATS, LayerSpec, accumulation_dtype, layer_rows
+
+OLDEST = (3, 3)  # the first Triton that takes a tuple of tensors as an argument
+OLDEST_DEVICE = (7, 5)
+LONGEST_ROW = 1 << 27  # elements: places within a tile are 32-bit numbers, and a tile holds ROWS rows
+TUPLE = 8  # tuples of tensors have a multiple of this length, so that groups of like size share a kernel
+KEPT_LAUNCHES, KEPT_ADDRESSES = 32, 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch settings of one kind of kernel on one kind of device.
+
+    Attributes:
+        registers: most per thread; programs: per SM, as many as those registers let reside. More would only wait.
+        stages: of the loads of the products, through cp.async.
+        warps: per program. 4 warps read a block of 8 x 256 numbers in four 16-byte accesses per thread.
+        block: numbers per step of the flat passes, 16 a thread.
+    """
+
+    registers: int
+    programs: int
+    stages: int
+    warps: int = 4
+    block: int = 2048
+
+
+# By (two directions, something more to do: vectors of another dtype, or the gradient through the iteration). The
+# smallest bound under which the kernel of sm_80, sm_90 and sm_100 spills nothing, 65,536 registers an SM shared among
+# programs of 128 threads. The third stage costs one direction no register, two directions 8 too many. What compiles is
+# checked by tests/test_triton_compiled.py; nothing here was timed on a device yet.
+AMPERE = {
+    (False, False): Config(registers=128, programs=4, stages=3),
+    (True, False): Config(registers=168, programs=3, stages=2),
+    (False, True): Config(registers=168, programs=3, stages=2),
+    (True, True): Config(registers=255, programs=2, stages=2),
+}
+TURING = {key: replace(config, stages=1) for key, config in AMPERE.items()}  # no cp.async
+
+
+def config_of(capability: tuple[int, int], general: bool, more: bool) -> Config:
+    """Launch settings for a compute capability and a kind of kernel."""
+    return (AMPERE if capability >= (8, 0) else TURING)[general, more]
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+INTERPRETED_PROGRAMS = 2  # the interpreter runs one program after the other
+_interpreter_lock = threading.Lock()
+
+
+@cache
+def _kernels() -> Any:
+    return importlib.import_module("bssn_kernels.backends._triton_kernels")
+
+
+@cache
+def _installed() -> tuple[tuple[int, ...], str]:
+    """Version of Triton, or the reason why it cannot be used."""
+    if importlib.util.find_spec("triton") is None:
+        return (), "Triton is not installed (it comes with the CUDA builds of torch)"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return OLDEST, ""  # a build without metadata, as some distributions make
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers < OLDEST:
+        return numbers, f"Triton {version} is too old, expected {OLDEST[0]}.{OLDEST[1]} or newer"
+    return numbers, ""
+
+
+def _interpreter_reason() -> str:
+    """Up to Triton 3.6 the interpreter cannot loop to a loaded number under NumPy 2.4 and later."""
+    try:
+        numpy = importlib.metadata.version("numpy")
+    except importlib.metadata.PackageNotFoundError:
+        return "TRITON_INTERPRET=1 needs NumPy, which is not installed"
+    if _installed()[0] <= (3, 6) and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        return f"Triton's interpreter of this version needs NumPy below 2.4, got {numpy}"
+    return ""
+
+
+class TritonBackend:
+    """Triton kernels; see _triton_kernels.py."""
+
+    name = "triton"
+    devices = ("cuda",)
+
+    def unsupported(self, specs: Sequence[LayerSpec] | None = None) -> list[str]:
+        """Reasons: no Triton, no device that it knows; another device, a dtype or memory layout it does not know."""
+        reasons = [_installed()[1]] if _installed()[1] else []
+        if interpreting():
+            reasons += filter(None, [_interpreter_reason()])
+        elif torch.version.hip:
+            reasons.append("it was made for NVIDIA GPUs, and this torch is built for AMD's")
+        elif not torch.cuda.is_available():
+            reasons.append("no CUDA device (TRITON_INTERPRET=1 interprets the kernels on the CPU, for tests)")
+        for spec in specs or ():
+            if reason := self._layer_reason(spec):
+                reasons.append(f"layer {spec.name!r} {reason}")
+        return reasons
+
+    @staticmethod
+    def _layer_reason(spec: LayerSpec) -> str:
+        expected = "cpu" if interpreting() else "cuda"
+        if spec.device.type != expected:
+            return f"is on {spec.device}, expected {expected}"
+        if spec.dtype not in FLOATS:
+            return f"is of {spec.dtype}, expected one of {list(FLOATS)}"
+        if isinstance(spec.view, str):
+            return f": {spec.view}"
+        if spec.view.extents[1] * spec.view.extents[2] > LONGEST_ROW:
+            return f"has rows of more than {LONGEST_ROW} elements in memory"
+        if spec.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(spec.device)
+            if capability < OLDEST_DEVICE or (spec.dtype == torch.bfloat16 and capability < (8, 0)):
+                return f"is of {spec.dtype} on a device of compute capability {capability}, which is too old"
+        return ""
+
+    def tables(self, specs: Sequence[LayerSpec]) -> list[Tensor]:
+        """Nothing beside the layer table: schedules depend on the iterations and are made when they are known."""
+        return []
+
+    def normalize(
+        self,
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        gains: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        iterations: Sequence[int],
+        saved_numel: int,
+        output_dtype: torch.dtype | None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """See ``ops.normalize``."""
+        dtype, device = weights[0].dtype, weights[0].device
+        accum = accumulation_dtype(dtype)
+        state = _State.of(tables[0])
+        vectors, gains = _alike(vectors, accum), _alike(gains, accum)
+        with _on(device) as stream:
+            launch = state.forward(tuple(iterations), dtype.itemsize, device)
+            addresses = state.addresses(("forward",), weights, vectors, gains, stream)
+            saved = torch.empty(saved_numel, dtype=accum, device=device)
+            outs = [torch.empty_like(w, dtype=output_dtype or dtype) for w in weights]
+            vector_anchor = state.anchor(vectors[0].dtype if vectors else accum, device)
+            launch.run(
+                _kernels().forward_kernel,
+                stream,
+                (
+                    launch.tables["vectors"], launch.tables["floats"], addresses, state.anchor(dtype, device),
+                    vector_anchor, state.anchor(gains[0].dtype if gains else accum, device), _tuple(outs), saved,
+                ),
+                accum,
+                GENERAL=launch.schedule.general,
+                MIXED=vector_anchor.dtype != accum,
+            )  # fmt: skip
+        return outs, saved
+
+    def normalize_backward(
+        self,
+        grads: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        saved: Tensor,
+        tables: Sequence[Tensor],
+        layers: Sequence[int],
+    ) -> tuple[list[Tensor], Tensor]:
+        """See ``ops.normalize_backward``."""
+        dtype, device = weights[0].dtype, weights[0].device
+        state, key = _State.of(tables[0]), tuple(layers)
+        grads = [g if g.data_ptr() % 16 == 0 else torch.empty_like(g).copy_(g) for g in grads]
+        with _on(device) as stream:
+            launch = state.backward(key, dtype.itemsize, device)
+            addresses = state.addresses(("backward", key), weights, (), (), stream)
+            grad_weights = [torch.empty_like(w) for w in weights]
+            grad_gains = torch.empty(len(layers), dtype=saved.dtype, device=device)
+            launch.run(
+                _kernels().backward_kernel,
+                stream,
+                (addresses, state.anchor(dtype, device), _tuple(grads), _tuple(grad_weights), saved, grad_gains),
+                saved.dtype,
+                GENERAL=launch.schedule.general,
+                THROUGH=launch.schedule.through,
+            )
+        return grad_weights, grad_gains
+
+
+def _alike(tensors: Sequence[Tensor], accum: torch.dtype) -> Sequence[Tensor]:
+    """Contiguous tensors of one dtype: as they are, or in accumulation dtype."""
+    if not tensors or (len({x.dtype for x in tensors}) == 1 and all(map(Tensor.is_contiguous, tensors))):
+        return tensors
+    return [x.to(accum).contiguous() for x in tensors]
+
+
+def _tuple(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Filled up to a multiple of TUPLE with the last one."""
+    return (*tensors, *[tensors[-1]] * (-len(tensors) % TUPLE))
+
+
+class _on:
+    """Makes a device current; gives its current stream, or None for a device without."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.guard = torch.cuda.device(device) if device.type == "cuda" else None
+        self.device = device
+
+    def __enter__(self) -> torch.cuda.Stream | None:
+        if self.guard is None:
+            return None
+        self.guard.__enter__()
+        return torch.cuda.current_stream(self.device)
+
+    def __exit__(self, *error) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*error)
+
+
+def _capturing(stream: torch.cuda.Stream | None) -> bool:
+    return stream is not None and torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
+    """Number of SMs, compute capability."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, (properties.major, properties.minor)
+
+
+class _Counters:
+    """Zeroed counters, which every launch leaves as it found them: one set per device and stream, and for captured
+    graphs, whose replays may run beside anything, one that nobody else uses.
+    """
+
+    def __init__(self) -> None:
+        self._of_stream: dict[tuple, Tensor] = {}
+
+    def get(self, n: int, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
+        key = device, stream and stream.cuda_stream
+        found = self._of_stream.get(key)
+        if found is None or found.numel() < n:
+            found = self._of_stream[key] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
+        return found
+
+    def forget(self) -> None:
+        """After a launch that failed: they may be in any state."""
+        self._of_stream.clear()
+
+
+_counters = _Counters()
+_COUNTER_STRIDE = 8
+_SPARE_COUNTERS = 2
+
+
+@dataclass
+class _Launch:
+    """A schedule with its tables on the device.
+
+    Attributes:
+        spares: zeroed counters for graphs; each serves one captured launch for ever, and is kept by `taken`.
+    """
+
+    schedule: Schedule
+    tables: dict[str, Tensor]
+    spares: list[Tensor]
+    taken: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, schedule: Schedule, device: torch.device) -> _Launch:
+        names = ("tiles", "blocks", "layers", "vectors", "floats")
+        tables = {name: getattr(schedule, name).to(device) for name in names}
+        n = schedule.n_counters * _COUNTER_STRIDE
+        spares = []
+        if device.type == "cuda":
+            spares = [torch.zeros(n, dtype=torch.int32, device=device) for _ in range(_SPARE_COUNTERS)]
+        return cls(schedule, tables, spares)
+
+    def counters(self, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
+        n = self.schedule.n_counters * _COUNTER_STRIDE
+        if not _capturing(stream):
+            return _counters.get(n, device, stream)
+        self.taken.append(self.spares.pop() if self.spares else torch.zeros(n, dtype=torch.int32, device=device))
+        return self.taken[-1]
+
+    def run(
+        self, kernel: Callable, stream: torch.cuda.Stream | None, arguments: Sequence, accum: torch.dtype, **flags: bool
+    ) -> None:
+        """One launch of all tiles, on the current stream."""
+        schedule, tables, device = self.schedule, self.tables, self.tables["tiles"].device
+        kind = flags["GENERAL"], flags.get("MIXED") or flags.get("THROUGH") or False
+        if stream is None:
+            programs, config = INTERPRETED_PROGRAMS, AMPERE[kind]
+        else:
+            processors, capability = _device(device)
+            config = config_of(capability, *kind)
+            programs = min(processors * config.programs, len(schedule.tiles))
+        work = torch.empty(max(schedule.workspace, 16), dtype=accum, device=device)
+        doubles = torch.empty(max(schedule.doubles, 16), dtype=torch.float64, device=device)
+        counters = self.counters(device, stream)
+        full = (
+            *(tables["tiles"], tables["blocks"], tables["layers"], *arguments, work, doubles, counters),
+            *(len(schedule.tiles), programs, schedule.n_counters),
+        )
+        settings = dict(ROWS=ROWS, COLS=COLS[schedule.itemsize], STAGES=config.stages, BLOCK=config.block, **flags)
+        if stream is not None:
+            kernel[(programs,)](*full, **settings, num_warps=config.warps, maxnreg=config.registers)
+            return
+        with _interpreter_lock:
+            try:
+                kernel[(programs,)](*full, **settings)
+            except BaseException:
+                _counters.forget()
+                raise
+
+
+@dataclass
+class _Addresses:
+    """Where the tensors of a group stand, on the device: distances from the anchors, in elements."""
+
+    table: Tensor
+    stream: torch.cuda.Stream | None
+    uploaded: torch.cuda.Event | None
+
+
+class _State:
+    """What the backend keeps for a plan: launches and address tables. It lives as an attribute of the plan's layer
+    table and goes with it.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.rows = layer_rows(table)
+        self._launches: dict[tuple, _Launch] = {}
+        self._addresses: dict[tuple, _Addresses] = {}
+        self._captured: list[object] = []
+
+    @classmethod
+    def of(cls, table: Tensor) -> _State:
+        state = table.__dict__.get("triton")
+        if state is None:
+            state = table.__dict__["triton"] = cls(table)
+        return state
+
+    @staticmethod
+    @cache
+    def anchor(dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of this type at a multiple of 16 bytes, from which distances are counted."""
+        return torch.zeros(64, dtype=dtype, device=device)
+
+    def forward(self, iterations: tuple[int, ...], itemsize: int, device: torch.device) -> _Launch:
+        key = "forward", iterations, device
+        return self._launch(key, lambda: ForwardSchedule(self.rows, iterations, itemsize), device)
+
+    def backward(self, layers: tuple[int, ...], itemsize: int, device: torch.device) -> _Launch:
+        key = "backward", layers, device
+        return self._launch(key, lambda: BackwardSchedule(self.rows, layers, itemsize), device)
+
+    def _launch(self, key: tuple, make: Callable[[], Schedule], device: torch.device) -> _Launch:
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        found = self._launches.get(key)
+        if found is None:
+            if capturing:
+                raise RuntimeError(f"triton: this {key[0]} was never run before the capture: {_WARM_UP}")
+            if len(self._launches) >= KEPT_LAUNCHES:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # another stream may still read its tables
+                self._launches.pop(next(iter(self._launches)))
+            found = self._launches[key] = _Launch.make(make(), device)
+        if capturing:
+            self._captured.append(found)
+        return found
+
+    def addresses(
+        self,
+        kind: tuple,
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        gains: Sequence[Tensor],
+        stream: torch.cuda.Stream | None,
+    ) -> Tensor:
+        """The address table of these tensors; a new one only where a tensor moved."""
+        key = kind, (*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, vectors), *map(Tensor.data_ptr, gains))
+        found, capturing = self._addresses.get(key), _capturing(stream)
+        if found is None:
+            if capturing:
+                raise RuntimeError(f"triton: weights, vectors or gains moved before the capture: {_WARM_UP}")
+            found = self._upload(self._distances(weights, vectors, gains), weights[0].device, stream)
+            if len(self._addresses) >= KEPT_ADDRESSES:
+                self._addresses.pop(next(iter(self._addresses)))
+            self._addresses[key] = found
+        if capturing:
+            self._captured.append(found)
+        elif stream is not None and found.stream != stream:
+            stream.wait_event(found.uploaded)
+            found.table.record_stream(stream)
+        return found.table
+
+    def _distances(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
+        table = [[0] * len(ADDRESSES) for _ in weights]
+        for k, weight in enumerate(weights):
+            table[k][0] = self._distance(weight)
+        if vectors:
+            given, owned = iter(vectors), iter(gains)
+            for k, row in enumerate(self.rows):
+                stored = [self._distance(next(given)) for _ in range(2 * row.directions)]
+                for e, direction in enumerate(ForwardSchedule.directions(row, weights[k].element_size())):
+                    if direction is not None:
+                        d, spread_is_v = direction
+                        u, v = stored[2 * d : 2 * d + 2]
+                        table[k][1 + 2 * e : 3 + 2 * e] = (v, u) if spread_is_v else (u, v)
+                if row.has_gain:
+                    table[k][ADDRESSES.index("gain")] = self._distance(next(owned))
+        return torch.tensor(table, dtype=torch.int64, device="cpu")
+
+    def _distance(self, tensor: Tensor) -> int:
+        return (tensor.data_ptr() - self.anchor(tensor.dtype, tensor.device).data_ptr()) // tensor.element_size()
+
+    @staticmethod
+    def _upload(table: Tensor, device: torch.device, stream: torch.cuda.Stream | None) -> _Addresses:
+        if stream is None:
+            return _Addresses(table, None, None)
+        on_device = table.pin_memory().to(device, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(stream)
+        return _Addresses(on_device, stream, event)
+
+
+_WARM_UP = "run it once on the same tensors and in the same mode before torch.cuda.graph"
+assert FLAT % 16 == 0  # flat tiles keep 16-byte accesses for every dtype

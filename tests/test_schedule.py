@@ -1,0 +1,228 @@
+"""The schedules of the GPU backends, as data: see schedule_model.py."""
+
+import random
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from schedule_model import Model, products
+from test_random_groups import layer_drafts
+
+from bssn_kernels.backends import _schedule as s
+from bssn_kernels.bench.workloads import WORKLOADS
+from bssn_kernels.plan import LayerSpec, Layout, accumulation_dtype, layer_rows, layer_table
+from bssn_kernels.variants import resolve_variant, semantics_names
+
+
+def rows_of(specs):
+    layout = Layout(specs)
+    return layer_rows(layer_table(specs, layout)), layout
+
+
+def specs_of(drafts, dtype=torch.float32):
+    from zoo import lay_out
+
+    specs = []
+    for draft in drafts:
+        weight = lay_out(torch.empty(draft["shape"], dtype=dtype), draft["layout"])
+        rule = {key: draft[key] for key in ("axis", "variant", "semantics", "gain")}
+        specs.append(LayerSpec.of(weight, **rule))
+    return specs
+
+
+@st.composite
+def larger_drafts(draw) -> dict:
+    """Layers of several tiles, row blocks and column blocks."""
+    draft = draw(layer_drafts())
+    shape = draw(st.sampled_from([(130, 70, 3, 3), (300, 600), (40, 20, 7, 7), (17, 33, 5, 5), (9, 3000), (2000, 9)]))
+    layout = draw(st.sampled_from(["contiguous", "exchanged"] + ["channels_last"] * (len(shape) == 4)))
+    return {**draft, "shape": shape, "layout": layout}
+
+
+groups = st.lists(layer_drafts() | larger_drafts(), min_size=1, max_size=5)
+settings = hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+
+
+def forward(drafts, dtype=torch.float32):
+    specs = specs_of(drafts, dtype)
+    rows, layout = rows_of(specs)
+    iterations = [1 if not spec.stores_vectors else draft["iterations"] for spec, draft in zip(specs, drafts)]
+    return s.ForwardSchedule(rows, iterations, dtype.itemsize), layout, iterations
+
+
+@settings
+@hypothesis.given(drafts=groups, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_forward_in_order(drafts, dtype):
+    """Tiles wait only for earlier ones; products cover each weight once; everything is written once."""
+    schedule, layout, iterations = forward(drafts, dtype)
+    model = Model(schedule, layout.numel)
+    model.in_order()
+    model.check_results(layout.vectors_numel)
+    # A source names one of two alternating iterations, so from the third on each stands for several.
+    for (k, _, source, _), (least, most) in products(model).items():
+        assert least == most and least >= 1
+        if source == s.STORED:
+            assert most == 1, f"layer {k} of {iterations[k]} iterations"
+
+
+@settings
+@hypothesis.given(drafts=groups, seed=st.integers(0, 2**31))
+def test_forward_at_random(drafts, seed):
+    """1 to 12 resident programs in any order: none gets stuck, and partial sums are never another's."""
+    rng = random.Random(seed)
+    schedule, layout, _ = forward(drafts)
+    model = Model(schedule, layout.numel)
+    programs = rng.randint(1, 24)
+    model.at_random(programs, rng.randint(1, min(12, programs)), rng)
+    model.check_results(layout.vectors_numel)
+
+
+@settings
+@hypothesis.given(drafts=groups, seed=st.integers(0, 2**31))
+def test_backward(drafts, seed):
+    """The same for the backward, of some of the layers."""
+    rng = random.Random(seed)
+    rows, layout = rows_of(specs_of(drafts))
+    layers = sorted(rng.sample(range(len(rows)), rng.randint(1, len(rows))))
+    for order in ("in order", "at random"):
+        schedule = s.BackwardSchedule(rows, layers, 4)
+        model = Model(schedule, layout.numel)
+        if order == "in order":
+            model.in_order()
+        else:
+            programs = rng.randint(1, 24)
+            model.at_random(programs, rng.randint(1, min(12, programs)), rng)
+        model.check_results(0)
+        assert all(span == (1, 1) for span in products(model).values())
+
+
+@pytest.mark.parametrize("many", [(256, 256, 3, 3), (1000, 700)])
+def test_partial_sums_take_turns(many):
+    """Many layers share the memory of few: those that take it over wait, and nothing is overwritten too early."""
+    specs = [LayerSpec.of(torch.empty(many), variant=resolve_variant("bsn")) for _ in range(30)]
+    rows, layout = rows_of(specs)
+    for iterations in (1, 2):
+        schedule = s.ForwardSchedule(rows, [iterations] * len(rows), 4)
+        alone = s.ForwardSchedule(rows[:1], [iterations], 4)
+        assert schedule.workspace < 0.6 * len(rows) * alone.workspace
+        for seed in range(2):
+            model = Model(schedule, layout.numel)
+            model.at_random(12, 7, random.Random(seed))
+            model.check_results(layout.vectors_numel)
+
+
+class Planted:
+    """A fault in a good schedule."""
+
+    @staticmethod
+    def early(model):
+        """Products that do not wait for the vector they read."""
+        for tile in model.tiles:
+            if tile["kind"] == s.OUTER:
+                tile["wait_target"] = 0
+
+    @staticmethod
+    def lost(model):
+        """A block that expects a tile too many."""
+        model.blocks[0]["arrivals"] += 1
+
+    @staticmethod
+    def shared(model):
+        """Two tiles that leave their sums at one place."""
+        first, second = [t for t in model.tiles if t["kind"] == s.OUTER and t["col0"] == 0][:2]
+        second["slot0"] = first["slot0"]
+
+    @staticmethod
+    def swapped(model):
+        """A scale pass before its products."""
+        at = next(i for i, t in enumerate(model.tiles) if t["kind"] == s.SCALE)
+        model.tiles.insert(0, model.tiles.pop(at))
+
+    @staticmethod
+    def doubled(model):
+        """A scale tile that is done twice."""
+        model.tiles.append(dict(model.tiles[-1]))
+
+
+@pytest.mark.parametrize("fault", ["early", "lost", "shared", "swapped", "doubled"])
+def test_the_model_finds_planted_faults(fault):
+    specs = [LayerSpec.of(torch.empty(300, 600), variant=resolve_variant("sn"))]
+    rows, layout = rows_of(specs)
+
+    def found() -> bool:
+        for seed in range(30):
+            model = Model(s.ForwardSchedule(rows, [1], 4), layout.numel)
+            getattr(Planted, fault)(model)
+            try:
+                model.at_random(6, 6, random.Random(seed))
+                model.check_results(layout.vectors_numel)
+            except AssertionError:
+                return True
+        return False
+
+    assert found()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_workspace_and_traffic(workload, layout, dtype):
+    """At most 2 % of the weights or 8 MB; each pass reads every weight once, and every result is written once."""
+    for variant in ("sn", "bssn"):
+        for semantics in semantics_names():
+            specs = []
+            for layer in WORKLOADS[workload].layers:
+                weight = torch.empty(layer.shape, dtype=dtype, device="meta")
+                if layout == "channels_last" and weight.ndim == 4:
+                    weight = weight.to(memory_format=torch.channels_last)
+                axis = int(layer.kind == "deconv")
+                rule = {"variant": resolve_variant(variant), "semantics": semantics}
+                specs.append(LayerSpec.of(weight, axis=axis, **rule))
+            rows, _ = rows_of(specs)
+            nbytes = WORKLOADS[workload].numel * dtype.itemsize
+            accumulation = accumulation_dtype(dtype).itemsize
+            forward = s.ForwardSchedule(rows, [1] * len(rows), dtype.itemsize)
+            backward = s.BackwardSchedule(rows, range(len(rows)), dtype.itemsize)
+            for schedule in (forward, backward):
+                taken = schedule.workspace * accumulation + schedule.doubles * 8 + schedule.n_counters * 32
+                assert taken <= max(0.02 * nbytes, 8e6)
+            passes = 2 if semantics == "paper" and variant == "bssn" and workload != "vit_b" else 1
+            assert nbytes <= forward.traffic["inner"] <= passes * nbytes
+            assert nbytes <= forward.traffic["outer"] <= passes * nbytes
+            assert forward.traffic["scale"] == forward.traffic["written"] == nbytes
+            assert backward.traffic["dot"] == 2 * nbytes
+            assert backward.traffic["update"] == backward.traffic["written"] == nbytes
+            assert len(forward.tiles) < 25_000
+
+
+def test_the_order_of_sums_depends_on_the_layer_alone():
+    """Tiles, slots and blocks of a layer are the same in any group."""
+    torch.manual_seed(0)
+    shapes = [(64, 32, 3, 3), (300, 600), (5, 7), (1000, 50)]
+    specs = [LayerSpec.of(torch.empty(shape), variant=resolve_variant("bsn")) for shape in shapes]
+
+    def sums(subset) -> list[list[tuple]]:
+        rows, _ = rows_of([specs[i] for i in subset])
+        schedule = s.ForwardSchedule(rows, [2] * len(rows), 4)
+        tiles = Model(schedule, 1).tiles
+        fields = ("kind", "row0", "rows", "col0", "chunks", "step", "width", "end", "slot0", "slot1", "mask", "source")
+        return [sorted(tuple(t[f] for f in fields) for t in tiles if t["layer"] == k and t["kind"] < 2) for k in range(len(subset))]
+
+    together = sums([0, 1, 2, 3])
+    assert sums([2, 0]) == [together[2], together[0]] and [sums([i])[0] for i in range(4)] == together
+
+
+def test_second_products_follow_while_their_group_is_in_the_cache():
+    """Between a row block's inner products and its outer ones stand few bytes, whatever the layer's size."""
+    specs = [LayerSpec.of(torch.empty((1536, 1536, 3, 3), device="meta"), variant=resolve_variant("bssn"))]
+    rows, _ = rows_of(specs)
+    tiles = Model(s.ForwardSchedule(rows, [1], 4), 1).tiles
+    at, first, furthest = 0, {}, 0
+    for tile in tiles:
+        if tile["kind"] == s.INNER:
+            first.setdefault(tile["row0"] // 128, at)
+        elif tile["kind"] == s.OUTER:
+            furthest = max(furthest, at - first[tile["row0"] // 128])
+        at += 4 * tile["rows"] * (tile["chunks"] * tile["width"] if tile["kind"] < 2 else 1)
+    assert furthest <= s.BUDGET
