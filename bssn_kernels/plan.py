@@ -232,7 +232,12 @@ class GroupPlan:
         self.dtype, self.device = self.specs[0].dtype, self.specs[0].device
         self.accumulation_dtype = accumulation_dtype(self.dtype)
         self._identity = [(spec.shape, spec.stride) for spec in self.specs]
-        self._stateless = [i for i, spec in enumerate(self.specs) if not spec.stores_vectors]
+        # What layers without stored vectors start from; made once, so that a backend sees the same memory each time.
+        self._ones = {
+            i: torch.ones(spec.shape[0] + 1, dtype=self.accumulation_dtype, device=self.device)
+            for i, spec in enumerate(self.specs)
+            if not spec.stores_vectors
+        }
 
     def matches(self, weights: Sequence[Tensor]) -> bool:
         """Whether the weights still have the shapes, strides, dtype and device that the tables were built for."""
@@ -244,28 +249,27 @@ class GroupPlan:
 
     def op_vectors(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The op's vectors: the stored ones, and ones for layers that keep none."""
-        if not self._stateless:
+        if not self._ones:
             return list(vectors)
         given, result = iter(vectors), []
-        for spec in self.specs:
+        for i, spec in enumerate(self.specs):
             if spec.stores_vectors:
                 result += [next(given) for _ in range(2 * spec.directions)]
             else:
-                rows = spec.shape[0]
-                result += torch.ones(rows + 1, dtype=self.accumulation_dtype, device=self.device).split([rows, 1])
+                result += self._ones[i].split([spec.shape[0], 1])
         return result
 
     def op_iterations(self, iterations: Sequence[int]) -> list[int]:
         """Iterations per layer; layers that keep no vectors always take their one exact step."""
         result = list(iterations)
-        for i in self._stateless:
+        for i in self._ones:
             result[i] = 1
         return result
 
     def vectors_of(self, saved: Tensor) -> list[Tensor]:
         """The new vectors, in the order and shapes in which they are stored (views of `saved`)."""
         vectors = self.layout.vectors(saved)
-        if not self._stateless:
+        if not self._ones:
             return vectors
         first = self.layout.first_vector
         return [

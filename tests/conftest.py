@@ -75,22 +75,25 @@ def quick_interpreter():
         yield
 
 
-def runnable(name: str) -> str:
+def runnable(name: str, node: pytest.Item) -> str:
     reasons = backends.get(name).unsupported()
     if reasons and os.environ.get("BSSN_STRICT") == "1":
         pytest.fail(f"backend {name!r} cannot run and BSSN_STRICT=1: {'; '.join(reasons)}")
     if reasons:
         pytest.skip(f"backend {name!r}: {'; '.join(reasons)}")
+    on_gpu = name == "triton" and os.environ.get("TRITON_INTERPRET") != "1"
+    if on_gpu and node.get_closest_marker("device") is None:
+        pytest.skip("a test of CPU tensors: TRITON_INTERPRET=1 runs it on this backend")
     return name
 
 
-@pytest.fixture(scope="session", params=backends.names())
+@pytest.fixture(params=backends.names())
 def backend(request) -> str:
     """Every backend by name; one that cannot run is skipped with its reasons, and fails under BSSN_STRICT=1."""
-    return runnable(request.param)
+    return runnable(request.param, request.node)
 
 
-@pytest.fixture(scope="session", params=[name for name in backends.names() if name != "reference"])
+@pytest.fixture(params=[name for name in backends.names() if name != "reference"])
 def fused_backend(request) -> str:
     """The same without the reference, whose sums are torch's."""
-    return runnable(request.param)
+    return runnable(request.param, request.node)

@@ -18,6 +18,8 @@ from zoo import (
     Case,
     build,
     check,
+    home,
+    interpreted,
     lay_out,
     layouts,
     on_threads,
@@ -25,23 +27,24 @@ from zoo import (
 
 from bssn_kernels import functional
 from bssn_kernels.backends import cpu
-from bssn_kernels.backends.triton import interpreting
 from bssn_kernels.plan import LayerSpec
 from bssn_kernels.variants import semantics_names
+
+pytestmark = pytest.mark.device
 
 ITERATIONS = (1, 0, 3)
 
 
 def fitting(cases: list[Case], backend: str, most: int = 4) -> list[Case]:
     """All cases, but for Triton's interpreter, which takes a second for each: some of them, others in every test."""
-    if backend != "triton" or not interpreting():
+    if not interpreted(backend):
         return cases
     apart = -(-len(cases) // most)
     return cases[zlib.crc32(cases[0].name.encode()) % apart :: apart]
 
 
 def only_on_a_device(backend: str, why: str) -> None:
-    if backend == "triton" and interpreting():
+    if interpreted(backend):
         pytest.skip(f"Triton's interpreter would take minutes: {why}")
 
 
@@ -150,7 +153,7 @@ def test_every_number_of_threads(backend, count):
 @pytest.mark.parametrize("semantics", semantics_names())
 def test_below_the_cap_nothing_but_a_factor(backend, semantics):
     """The weight comes out as it went in, bit for bit, and the gradient has no rank term."""
-    layer = build(Case("conv2d", variant="capped_below", semantics=semantics))
+    layer = build(Case("conv2d", variant="capped_below", semantics=semantics), device=home(backend))
     plan = functional.make_plan([layer.spec], backend)
     out = functional.spectral_normalize([layer.weight], layer.vectors, plan).weights[0]
     grad = torch.randn_like(out)
@@ -160,13 +163,13 @@ def test_below_the_cap_nothing_but_a_factor(backend, semantics):
 
 def test_vectors_in_the_weights_dtype(backend):
     """As buffers of a module that was moved to bfloat16 are."""
-    weight = torch.randn(20, 30, dtype=torch.bfloat16)
-    vectors = [torch.randn(20, dtype=torch.bfloat16), torch.randn(30, dtype=torch.bfloat16)]
+    weight = torch.randn(20, 30).to(home(backend), torch.bfloat16)
+    vectors = [torch.randn(n).to(home(backend), torch.bfloat16) for n in (20, 30)]
     plan = functional.plan_for([weight], backend=backend)
     result = functional.spectral_normalize([weight], vectors, plan)
-    expected = truth.normalize(weight.double(), [x.double() for x in vectors], variant=VARIANTS["sn"])
+    expected = truth.normalize(weight.double().cpu(), [x.double().cpu() for x in vectors], variant=VARIANTS["sn"])
     assert all(x.dtype == torch.float32 for x in result.vectors)
-    assert truth.relative(result.vectors[1], expected.vectors[1]) <= 1e-5
+    assert truth.relative(result.vectors[1].cpu(), expected.vectors[1]) <= 1e-5
 
 
 @pytest.mark.parametrize("layout", ("reversed", "gaps"))

@@ -83,6 +83,16 @@ HALVES = (torch.bfloat16, torch.float16)
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+def interpreted(backend: str) -> bool:
+    """Whether this backend runs in Triton's interpreter, which takes half a second for a layer."""
+    return backend == "triton" and interpreting()
+
+
+def home(backend: str) -> torch.device:
+    """Where the tensors of a test of this backend are."""
+    return torch.device("cuda" if backend == "triton" and not interpreting() else "cpu")
+
+
 @contextlib.contextmanager
 def on_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -108,7 +118,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "contiguous":
         return x.clone(memory_format=torch.contiguous_format)
     if layout == "offset":  # at an odd distance from where the allocation begins
-        flat = torch.empty(x.numel() + 3, dtype=x.dtype)
+        flat = torch.empty(x.numel() + 3, dtype=x.dtype, device=x.device)
         return flat[3:].view(x.shape).copy_(x)
     if layout == "exchanged":  # as weight.t() of a weight made by another library
         return x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -148,34 +158,35 @@ class Built:
     spec: LayerSpec
 
 
-def build(case: Case, seed: int = 0, mean: float = 0.0) -> Built:
+def build(case: Case, seed: int = 0, mean: float = 0.0, device: torch.device | str = "cpu") -> Built:
     shape, axis = LAYERS[case.layer]
     generator = torch.Generator().manual_seed(seed)
     variant = VARIANTS[case.variant]
     values = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.1 + mean
-    weight = lay_out(values.to(case.dtype), case.layout)
+    weight = lay_out(values.to(device, case.dtype), case.layout)
     spec = LayerSpec.of(
         weight, name=case.name, axis=axis, variant=variant, semantics=case.semantics, eps=case.eps, gain=case.gain
     )
     vectors = []
     if len(shape) > 1 or case.semantics != "torch":
         for row_axis in (axis, 1 - axis)[: truth.directions(shape, variant)]:
-            m = truth.as_matrix(weight.double(), row_axis)
+            m = truth.as_matrix(weight.double().cpu(), row_axis)
             vectors += [torch.randn(n, generator=generator, dtype=torch.float64) for n in m.shape]
         rule = {"variant": variant, "semantics": "biggan", "axis": axis, "iterations": 2}
-        vectors = truth.normalize(weight.double(), vectors, **rule).vectors
+        vectors = truth.normalize(weight.double().cpu(), vectors, **rule).vectors
         vectors = [x * (1.7 if case.iterations else 1.0) for x in vectors]
-        vectors = [x.to(accumulation_dtype(case.dtype)) for x in vectors]
+        vectors = [x.to(device, accumulation_dtype(case.dtype)) for x in vectors]
     gain = None
     if case.gain:
-        gain = torch.rand(1, generator=generator, dtype=torch.float64).add(0.5).to(accumulation_dtype(case.dtype))
+        gain = torch.rand(1, generator=generator, dtype=torch.float64).add(0.5)
+        gain = gain.to(device, accumulation_dtype(case.dtype))
         gain.requires_grad_()
     return Built(case, weight.requires_grad_(), vectors, gain, spec)
 
 
 def check(cases: list[Case], backend: str, *, output_dtype=None, seed: int = 0, mean: float = 0.0) -> None:
     """One group of all cases through ``backend``, forward and backward, each layer against the truth."""
-    layers = [build(case, seed + i, mean) for i, case in enumerate(cases)]
+    layers = [build(case, seed + i, mean, home(backend)) for i, case in enumerate(cases)]
     plan = functional.make_plan([layer.spec for layer in layers], backend)
     assert plan.backend.name == backend
     weights = [layer.weight for layer in layers]
@@ -185,7 +196,7 @@ def check(cases: list[Case], backend: str, *, output_dtype=None, seed: int = 0, 
     iterations = [case.iterations for case in cases]
     result = functional.spectral_normalize(weights, vectors, plan, iterations, gains=gains, output_dtype=output_dtype)
     generator = torch.Generator().manual_seed(seed + 10_000)
-    grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in result.weights]
+    grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in result.weights]
     torch.autograd.backward(result.weights, grads)
     for x, old in zip((*weights, *vectors, *gains), before):
         assert torch.equal(x.detach(), old), "an input was written to"
@@ -214,9 +225,9 @@ def check(cases: list[Case], backend: str, *, output_dtype=None, seed: int = 0, 
         for k in range(len(layer.vectors)):
             x = next(new)
             assert x.dtype == plan.accumulation_dtype and not x.requires_grad
-            assert relative(x, expected.vectors[k]) <= 10 * bound, f"{layer.case.name}: vector {k}"
+            assert relative(x.cpu(), expected.vectors[k]) <= 10 * bound, f"{layer.case.name}: vector {k}"
         if layer.gain is not None:  # <G, W> may cancel: its error is measured against |G| |W|
-            scale = (expected.slope_gain * grad.double().norm() * layer.weight.double().norm()).item()
+            scale = expected.slope_gain.item() * grad.double().norm().item() * layer.weight.double().norm().item()
             assert layer.gain.grad.dtype == layer.gain.dtype and layer.gain.grad.shape == layer.gain.shape
             assert abs(layer.gain.grad.item() - expected.grad_gain.item()) <= bound * scale, f"{layer.case.name}: dgain"
     assert next(new, None) is None
@@ -236,11 +247,11 @@ class _Expected:
 
 def _truth(layer: Built, grad: Tensor) -> _Expected:
     case, spec = layer.case, layer.spec
-    weight = layer.weight.detach().double().requires_grad_()
-    gain = None if layer.gain is None else layer.gain.detach().double().requires_grad_()
+    weight = layer.weight.detach().double().cpu().requires_grad_()
+    gain = None if layer.gain is None else layer.gain.detach().double().cpu().requires_grad_()
     result = truth.normalize(
         weight,
-        [x.double() for x in layer.vectors],
+        [x.double().cpu() for x in layer.vectors],
         variant=spec.variant,
         semantics=case.semantics,
         axis=spec.axis,
@@ -248,7 +259,7 @@ def _truth(layer: Built, grad: Tensor) -> _Expected:
         eps=case.eps,
         gain=gain,
     )
-    result.weight.backward(grad.double())
+    result.weight.backward(grad.double().cpu())
     slope = None if gain is None else (result.multiplier / gain.detach()).abs()
     grad_gain = None if gain is None else gain.grad
     sigmas = [s.detach() for s in result.sigmas]
@@ -264,7 +275,7 @@ HALF_TINY = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 0.0, torch.
 
 def rounding(dtype: torch.dtype, backend: str) -> float:
     """Relative error of a rounding to ``dtype``. Triton's interpreter cuts bfloat16 off where devices round."""
-    cut = backend == "triton" and interpreting() and dtype == torch.bfloat16
+    cut = interpreted(backend) and dtype == torch.bfloat16
     return (2 if cut else 1) * HALF_ULP[dtype]
 
 
@@ -272,7 +283,8 @@ def _close_elements(found: Tensor, expected: Tensor, what: str, backend: str) ->
     """W_bar is one product per element: the multiplier's error, then a rounding to the output's dtype."""
     multiplier_error = 1e-12 if found.dtype == torch.float64 else 2e-6
     bound = (rounding(found.dtype, backend) + multiplier_error) * expected.abs() + HALF_TINY[found.dtype]
-    worst = ((found.detach().double() - expected).abs() - bound).max().item()
+    found = found.detach().cpu()
+    worst = ((found.double() - expected).abs() - bound).max().item()
     assert worst <= 0, f"{what}: {worst} over the bound"
     if found.dtype == torch.float32:
         assert relative(found, expected) <= 1e-5, what
@@ -286,5 +298,5 @@ def _close_norms(found: Tensor, expected: Tensor, scale: float, what: str, backe
     arithmetic = 1e-12 if found.dtype == torch.float64 else 1e-5
     bound = arithmetic * scale + rounding(found.dtype, backend) * expected.norm().item()
     bound += HALF_TINY[found.dtype] * expected.numel() ** 0.5
-    error = (found.double() - expected).norm().item()
+    error = (found.double().cpu() - expected).norm().item()
     assert error <= bound, f"{what}: {error} > {bound}"

@@ -20,6 +20,7 @@ class Backend(Protocol):
     """What every backend offers; ``normalize`` and ``normalize_backward`` have the meaning of the ops."""
 
     name: str
+    devices: tuple[str, ...] | None  # types of device for which it is chosen without being named; None: any
 
     def unsupported(self, specs: Sequence[LayerSpec] | None = None) -> list[str]:
         """Reasons why it cannot run on any device of this machine (no argument), or not these layers."""
@@ -80,6 +81,12 @@ def check_name(name: str | None) -> None:
         raise RuntimeError(f"backend {name!r} cannot run on this machine: {'; '.join(reasons)}")
 
 
+def natural(device: str) -> list[str]:
+    """Names of the backends that may be chosen for this type of device and can run on this machine."""
+    fit = (b for b in _BACKENDS.values() if b.devices is None or device in b.devices)
+    return [backend.name for backend in fit if not backend.unsupported()]
+
+
 def report() -> list[tuple[str, list[str]]]:
     """Each backend and the reasons why it cannot run on this machine (none: it can)."""
     return [(name, backend.unsupported()) for name, backend in _BACKENDS.items()]
@@ -101,7 +108,11 @@ def select(specs: Sequence[LayerSpec], name: str | None = None) -> tuple[Backend
             raise RuntimeError(f"backend {name!r} cannot take this group: {'; '.join(reasons)}")
         return backend, []
     passed: list[str] = []
+    device = specs[0].device.type
     for backend in _BACKENDS.values():
+        if backend.devices is not None and device not in backend.devices:
+            passed.append(f"{backend.name}: made for {' and '.join(backend.devices)}, and the layers are on {device}")
+            continue
         reasons = backend.unsupported(specs)
         if not reasons:
             if backend.name == "reference" and not specs[0].dtype.is_complex:  # complex weights take the composed path

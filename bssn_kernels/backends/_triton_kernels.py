@@ -810,7 +810,7 @@ def backward_kernel(
             if tl.load(lp + L_ALIGNED) != 0:
                 _update(tp, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr, UNIT, AT_ONCE, COLS, GENERAL, THROUGH)
             else:
-                _update(tp, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr, 1, AT_ONCE, COLS, GENERAL, THROUGH)
+                _update(tp, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr, 1, ROWS // 4, COLS, GENERAL, THROUGH)
         else:
             if kind == DOT:
                 g_ptr = _select(grad_ptrs, k)

@@ -72,6 +72,7 @@ class CpuBackend:
     """C++ with vectors and threads."""
 
     name = "cpu"
+    devices = ("cpu",)
 
     def unsupported(self, specs: Sequence[LayerSpec] | None = None) -> list[str]:
         """Reasons: not built; another device; a dtype it does not know; a weight that is not dense."""

@@ -35,6 +35,7 @@ class ReferenceBackend:
     """Plain PyTorch: slow and right."""
 
     name = "reference"
+    devices = None
 
     def unsupported(self, specs: Sequence[LayerSpec] | None = None) -> list[str]:
         """It runs everywhere."""

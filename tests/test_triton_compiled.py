@@ -1,0 +1,185 @@
+"""What the Triton kernels compile to: resources, widths of memory accesses, order of memory. No GPU is needed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sass import count, innermost_loops, instructions
+
+from bssn_kernels.backends._geometry import COLS, ROWS
+from bssn_kernels.backends.triton import _installed
+
+# Compute capability and the types of weights to compile for it; the first with every kind of kernel.
+TARGETS = {75: ("fp32",), 80: ("fp32",), 90: ("fp32", "fp64", "bf16", "fp16"), 100: ("fp32",)}
+ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+THREADS = 128
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(_installed()[1]) and os.environ.get("BSSN_STRICT") != "1", reason=_installed()[1] or "here"),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[int, list[dict]]:
+    """All kernels by compute capability, two compilers at a time; each record has the texts of PTX and SASS."""
+    script = Path(__file__).with_name("compile_triton.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    folders = {target: tmp_path_factory.mktemp(f"sm_{target}") for target in TARGETS}
+    waiting, running = list(TARGETS), []
+
+    def finish(process: subprocess.Popen) -> None:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output[-3000:]
+
+    for target in waiting:
+        command = [sys.executable, "-W", "ignore", str(script), str(target), str(folders[target]), *TARGETS[target]]
+        private = {**environment, "TRITON_CACHE_DIR": str(folders[target] / "cache")}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running.append(subprocess.Popen(command, env=private, **pipes))
+        if len(running) == 2:
+            finish(running.pop(0))
+    for process in running:
+        finish(process)
+    found = {}
+    for target, folder in folders.items():
+        found[target] = json.loads((folder / "index.json").read_text())
+        for record in found[target]:
+            record["ptx"] = (folder / f"{record['name']}.ptx").read_text()
+            record["sass"] = (folder / f"{record['name']}.sass").read_text()
+    return found
+
+
+@pytest.fixture(params=TARGETS, ids=lambda target: f"sm_{target}")
+def kernels(request, compiled) -> list[dict]:
+    return compiled[request.param]
+
+
+def modern(kernels: list[dict]) -> list[dict]:
+    """Those for devices with asynchronous copies and cache policies."""
+    return [k for k in kernels if k["capability"] >= 80]
+
+
+def test_every_kind_is_compiled(compiled):
+    for target, dtypes in TARGETS.items():
+        kinds = {(k["kernel"], k["dtype"], k["general"], k["more"]) for k in compiled[target]}
+        assert len(kinds) == 8 + 4 * (len(dtypes) - 1)
+
+
+def test_registers_and_shared_memory(kernels):
+    """No more than lets the configured number of programs reside, and nothing is spilled."""
+    for k in modern(kernels):
+        assert k["registers"] <= k["bound"], k["name"]
+        assert k["stack"] == 0, f"{k['name']}: {k['stack']} bytes on the stack"
+        spills = [i for i in instructions(k["sass"]) if i.name.split(".")[0] in ("LDL", "STL")]
+        assert not spills, f"{k['name']} spills: {spills[:3]}"
+        assert k["shared"] <= 36 * 1024, k["name"]
+
+
+def test_products_copy_16_bytes_at_a_time(kernels):
+    """A loop of a product brings its block of W to shared memory in asynchronous copies of 16 bytes."""
+    for k in modern(kernels):
+        if k["kernel"] == "backward_kernel" and not k["more"]:
+            continue
+        itemsize = ITEMSIZE[k["dtype"]]
+        wide = ROWS * COLS[itemsize] * itemsize // 16 // THREADS
+        loops = [body for body in innermost_loops(k["sass"]) if count(body, "LDGSTS")]
+        assert len(loops) == 2, f"{k['name']}: one loop for inner products, one for outer"
+        for body in loops:
+            assert count(body, "LDGSTS", "128") == wide, k["name"]
+            narrow = count(body, "LDGSTS") - wide
+            assert narrow <= (12 if k["more"] else 4), f"{k['name']}: the rest are numbers of the vectors"
+
+
+def flat_loops(kernel: dict, stores: bool) -> list:
+    """Loops that read with 16-byte accesses alone, and write so, or not at all."""
+    found = []
+    for body in innermost_loops(kernel["sass"]):
+        reads, writes = count(body, "LDG"), count(body, "STG")
+        if reads and reads == count(body, "LDG", "128") and bool(writes) == stores:
+            if writes == count(body, "STG", "128"):
+                found.append(body)
+    return found
+
+
+def test_flat_passes_access_16_bytes_at_a_time(kernels):
+    """The scale pass and the dot product; both read what is not needed again first to be evicted."""
+    for k in modern(kernels):
+        loops = flat_loops(k, stores=k["kernel"] == "forward_kernel")
+        assert loops, f"{k['name']}: no loop of 16-byte accesses alone"
+        for body in loops:
+            assert count(body, "LDG", "EF") >= 2 and not count(body, "LDL"), k["name"]
+            if k["kernel"] == "forward_kernel":
+                assert count(body, "STG", "EF") == count(body, "STG"), k["name"]
+
+
+def test_updates_access_16_bytes_at_a_time(kernels):
+    """dW: G is read and dW written in 16-byte accesses, first to be evicted; vectors are read number by number."""
+    for k in modern(kernels):
+        if k["kernel"] == "backward_kernel":
+            found = [b for b in innermost_loops(k["sass"]) if count(b, "STG", "128") and count(b, "LDG", "128")]
+            assert any(count(b, "STG", "EF") and count(b, "LDG", "EF") for b in found), k["name"]
+
+
+def test_cache_policies(kernels):
+    """Evict-first is also a policy of L2, where it counts."""
+    for k in modern(kernels):
+        assert "createpolicy.fractional.L2::evict_first" in k["ptx"], k["name"]
+        assert re.search(r"ld\.global\.L1::evict_first\.L2::cache_hint", k["ptx"]), k["name"]
+        assert re.search(r"st\.global\.L1::evict_first\.L2::cache_hint\.v[24]", k["ptx"]), k["name"]
+
+
+BARRIER, STORE = re.compile(r"\bbar\.sync\b"), re.compile(r"\bst\.global\b")
+RELEASE = re.compile(r"\batom\.global\.gpu\.(acq_rel|release)\b")
+ACQUIRE = re.compile(r"\b(ld\.global\.gpu\.acquire|atom\.global\.gpu\.acquire)\b")
+LOAD = re.compile(r"\bld\.global\b(?!\.gpu\.acquire)")
+
+
+def unordered(ptx: str) -> list[str]:
+    """Releasing atomics with a store since the last barrier, and acquiring loads with no barrier before the next load."""
+    stored, acquired, faults = "", "", []
+    for line in ptx.splitlines():
+        if BARRIER.search(line):
+            stored = acquired = ""
+        elif ACQUIRE.search(line):
+            acquired = line
+        elif RELEASE.search(line):
+            if stored:
+                faults.append(f"released without a barrier after {stored.strip()}")
+        elif STORE.search(line):
+            stored = line
+        elif LOAD.search(line) and acquired:
+            faults.append(f"{line.strip()} follows {acquired.strip()} without a barrier")
+    return faults
+
+
+def test_order_of_memory(kernels):
+    """A barrier of the program stands between its stores and each releasing atomic, and after each acquire."""
+    for k in kernels:
+        assert not unordered(k["ptx"]), k["name"]
+        assert len(RELEASE.findall(k["ptx"])) >= 4, f"{k['name']}: block, iteration, done, batch"
+        assert len(ACQUIRE.findall(k["ptx"])) == 1, f"{k['name']}: one poll"
+        assert ".relaxed" not in "".join(re.findall(r"ld\.global\.gpu\.\w+", k["ptx"]))
+
+
+def test_a_missing_barrier_would_be_found(compiled):
+    """The check itself: without the barriers of one kind of place it complains."""
+    ptx = compiled[90][0]["ptx"].splitlines()
+    atomics = [i for i, line in enumerate(ptx) if RELEASE.search(line)]
+    barrier = max(i for i in range(atomics[0]) if BARRIER.search(ptx[i]))
+    store = "\tst.global.b32 [ %rd1 + 0 ], { %r1 };"
+    assert unordered("\n".join([*ptx[:barrier], store, *ptx[barrier + 1 :]]))
+    poll = next(i for i, line in enumerate(ptx) if ACQUIRE.search(line))
+    without = [line for line in ptx[poll:] if not BARRIER.search(line)]
+    assert unordered("\n".join([*ptx[: poll], *without]))
+
+
+def test_nothing_is_read_past_the_caches_that_this_launch_writes(kernels):
+    """No read-only loads: the compiler must not take a vector for constant."""
+    for k in kernels:
+        assert "ld.global.nc" not in k["ptx"], k["name"]
+        assert not [i for i in instructions(k["sass"]) if i.name.startswith("LDG") and "CONSTANT" in i.name]
