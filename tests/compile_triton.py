@@ -55,7 +55,7 @@ def compile_one(kernel, dtype: str, capability: int, general: bool, more: bool):
         elif kind.startswith("*"):
             attributes[(i,)] = aligned
     source = ASTSource(kernel, types, constexprs={**shape, **flags}, attrs=attributes)
-    options = {"num_warps": config.warps, "maxnreg": config.registers}
+    options = {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": True}
     return config, triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -81,9 +81,9 @@ def main(capability: int, folder: Path, dtypes: list[str]) -> None:
                     (folder / f"{name}.ptx").write_text(compiled.asm["ptx"])
                     index.append(
                         {
-                            **{"name": name, "kernel": kernel.fn.__name__, "dtype": dtype, "general": general},
-                            **{"more": more, "capability": capability, "bound": config.registers},
-                            **{"registers": int(numbers["REG"]), "stack": int(numbers["STACK"])},
+                            "name": name, "kernel": kernel.fn.__name__, "dtype": dtype, "general": general,
+                            "more": more, "capability": capability, "bound": config.registers,
+                            "registers": int(numbers["REG"]), "stack": int(numbers["STACK"]),
                             "shared": compiled.metadata.shared,
                         }
                     )

@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from bssn_kernels import backends  # noqa: E402
+from bssn_kernels import backends
 
 # The same examples in every run: a test that fails here fails everywhere.
 hypothesis.settings.register_profile("bssn", derandomize=True, deadline=None, print_blob=True)

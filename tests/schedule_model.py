@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bssn_kernels.backends import _schedule as s
+from bssn_kernels.backends import _tables as s
 from bssn_kernels.backends._geometry import FLAT
+from bssn_kernels.backends._schedule import Schedule
 
 
 def records(table, names: Sequence[str]) -> list[dict[str, int]]:
@@ -26,7 +27,7 @@ class Model:
         vectors: how often each number of `saved` was written.
     """
 
-    def __init__(self, schedule: s.Schedule, saved_numel: int) -> None:
+    def __init__(self, schedule: Schedule, saved_numel: int) -> None:
         names = [*s.LAYER_FIELDS, *(f"{name}{e}" for e in range(2) for name in s.ROLE_FIELDS)]
         self.tiles = records(schedule.tiles, s.TILE_FIELDS)
         self.blocks = records(schedule.blocks, s.BLOCK_FIELDS)

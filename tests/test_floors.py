@@ -17,6 +17,9 @@ FLOORS = (
     ("views", "variants"),
     ("algebra",),
     ("plan",),
+    ("backends/_geometry", "backends/_tables"),
+    ("backends/_order",),
+    ("backends/_schedule",),
     ("backends/_*",),
     ("backends/*",),
     ("backends",),
@@ -55,6 +58,8 @@ MODULES = {module_name(file) for file in FILES} | NOT_SOURCE
 
 def height(module: str) -> int | None:
     folder, slash, leaf = module.rpartition("/")
+    if module in HEIGHT:
+        return HEIGHT[module]
     return HEIGHT.get(f"{folder}{slash}{'_*' if leaf.startswith('_') else '*'}" if slash else module)
 
 

@@ -11,9 +11,9 @@ from zoo import Case, build, check, interpreted
 
 import bssn_kernels as bk
 from bssn_kernels import backends, functional
-from bssn_kernels.backends import triton
+from bssn_kernels.backends import _launch, triton
 from bssn_kernels.backends._geometry import FLAT
-from bssn_kernels.backends._schedule import INNER, LAYER_FIELDS, OUTER, ROLE_FIELDS, SCALE, TILE_FIELDS, UPDATE
+from bssn_kernels.backends._tables import INNER, LAYER_FIELDS, OUTER, ROLE_FIELDS, SCALE, TILE_FIELDS, UPDATE
 from bssn_kernels.plan import SCALARS, LayerSpec, Layout, layer_table
 from bssn_kernels.variants import Variant, semantics_names
 
@@ -39,7 +39,7 @@ def test_any_number_of_programs_gives_the_same_bits(monkeypatch, dtype):
     for programs in (1, 2, 7):
         monkeypatch.setattr(triton, "INTERPRETED_PROGRAMS", programs)
         found.append(run([Layer(draft, dtype) for draft in drafts()], "triton"))
-        assert triton._counters._of_stream and not any(c.any() for c in triton._counters._of_stream.values())
+        assert triton.counters_of._of_stream and not any(c.any() for c in triton.counters_of._of_stream.values())
     assert_same_bits(found[1], found[0])
     assert_same_bits(found[2], found[0])
 
@@ -61,7 +61,7 @@ def test_an_interrupted_launch_leaves_nothing_behind(monkeypatch):
     class Broken:
         def __getitem__(self, grid):
             def launch(*arguments, **settings):
-                next(iter(triton._counters._of_stream.values())).fill_(3)
+                next(iter(triton.counters_of._of_stream.values())).fill_(3)
                 raise KeyboardInterrupt
 
             return launch
@@ -80,7 +80,7 @@ class TestTables:
     @pytest.fixture
     def made(self, monkeypatch) -> list[str]:
         made = []
-        upload, make = triton._State._upload, triton._Launch.make
+        upload, make = _launch.State._upload, _launch.Launch.make
 
         def note_upload(*args):
             made.append("addresses")
@@ -90,8 +90,8 @@ class TestTables:
             made.append(type(schedule).__name__)
             return make(schedule, device)
 
-        monkeypatch.setattr(triton._State, "_upload", staticmethod(note_upload))
-        monkeypatch.setattr(triton._Launch, "make", note_make)
+        monkeypatch.setattr(_launch.State, "_upload", staticmethod(note_upload))
+        monkeypatch.setattr(_launch.Launch, "make", note_make)
         return made
 
     def call(self, plan, layer, iterations=1):
@@ -133,15 +133,15 @@ class TestTables:
 
     def test_few_are_kept(self, monkeypatch):
         """Whatever the mixtures of training and evaluation, and however often tensors move."""
-        monkeypatch.setattr(triton, "KEPT_LAUNCHES", 4)
+        monkeypatch.setattr(_launch, "KEPT_LAUNCHES", 4)
         weights = [torch.randn(2, 3) for _ in range(6)]
         plan = functional.plan_for(weights, backend="triton")
         vectors = [torch.randn(n) for n in plan.sizes]
-        for i in range(2 + triton.KEPT_LAUNCHES):
+        for i in range(2 + _launch.KEPT_LAUNCHES):
             iterations = [i >> k & 1 for k in range(6)]
             functional.spectral_normalize(weights, [x.clone() for x in vectors], plan, iterations)
-        state = triton._State.of(plan.tables[0])
-        assert len(state._launches) <= triton.KEPT_LAUNCHES and len(state._addresses) <= triton.KEPT_ADDRESSES
+        state = _launch.State.of(plan.tables[0])
+        assert len(state._launches) <= _launch.KEPT_LAUNCHES and len(state._addresses) <= _launch.KEPT_ADDRESSES
 
 
 def test_tuples_have_few_lengths():
@@ -234,8 +234,8 @@ def test_a_discriminator_trains_as_on_the_cpu_backend(form):
 
 def test_group_of_many_layers_in_one_launch(monkeypatch):
     launches = []
-    run_launch = triton._Launch.run
-    monkeypatch.setattr(triton._Launch, "run", lambda self, *a, **k: (launches.append(1), run_launch(self, *a, **k))[1])
+    run_launch = triton._run
+    monkeypatch.setattr(triton, "_run", lambda *a, **k: (launches.append(1), run_launch(*a, **k)))
     check([Case("linear", variant="bsn", semantics=s) for s in semantics_names()] * 3, "triton")
     assert len(launches) == 2
 
@@ -274,7 +274,7 @@ class TestBeyond32Bits:
     @pytest.fixture
     def only(self, monkeypatch):
         """Keeps some tiles of a schedule, which then wait for nothing."""
-        make = triton._Launch.make
+        make = _launch.Launch.make
 
         def keep(wanted) -> None:
             def make_less(schedule, device):
@@ -285,7 +285,7 @@ class TestBeyond32Bits:
                 keep.schedule = schedule
                 return make(schedule, device)
 
-            monkeypatch.setattr(triton._Launch, "make", make_less)
+            monkeypatch.setattr(_launch.Launch, "make", make_less)
 
         return keep
 

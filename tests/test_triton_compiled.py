@@ -17,10 +17,11 @@ from bssn_kernels.backends.triton import _installed
 TARGETS = {75: ("fp32",), 80: ("fp32",), 90: ("fp32", "fp64", "bf16", "fp16"), 100: ("fp32",)}
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 THREADS = 128
+MISSING = _installed()[1]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(_installed()[1]) and os.environ.get("BSSN_STRICT") != "1", reason=_installed()[1] or "here"),
+    pytest.mark.skipif(bool(MISSING) and os.environ.get("BSSN_STRICT") != "1", reason=MISSING or "Triton is here"),
 ]
 
 
@@ -28,7 +29,7 @@ pytestmark = [
 def compiled(tmp_path_factory) -> dict[int, list[dict]]:
     """All kernels by compute capability, two compilers at a time; each record has the texts of PTX and SASS."""
     script = Path(__file__).with_name("compile_triton.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     folders = {target: tmp_path_factory.mktemp(f"sm_{target}") for target in TARGETS}
     waiting, running = list(TARGETS), []
 
@@ -100,9 +101,9 @@ def flat_loops(kernel: dict, stores: bool) -> list:
     found = []
     for body in innermost_loops(kernel["sass"]):
         reads, writes = count(body, "LDG"), count(body, "STG")
-        if reads and reads == count(body, "LDG", "128") and bool(writes) == stores:
-            if writes == count(body, "STG", "128"):
-                found.append(body)
+        wide = reads == count(body, "LDG", "128") and writes == count(body, "STG", "128")
+        if reads and wide and bool(writes) == stores:
+            found.append(body)
     return found
 
 
@@ -140,7 +141,7 @@ LOAD = re.compile(r"\bld\.global\b(?!\.gpu\.acquire)")
 
 
 def unordered(ptx: str) -> list[str]:
-    """Releasing atomics with a store since the last barrier, and acquiring loads with no barrier before the next load."""
+    """Releasing atomics with a store since the last barrier, acquiring loads with no barrier before the next load."""
     stored, acquired, faults = "", "", []
     for line in ptx.splitlines():
         if BARRIER.search(line):

@@ -180,7 +180,7 @@ class Geometry:
         elements = min(max(self.numel // 64, SMALLEST_TILE), LARGEST_TILE)
         self.flat_tile = ceil_div(elements, FLAT) * FLAT
         wide = min(self.L, self.chunk)
-        most = GROUP_ROWS if self.L >= self.widest else TALL_ROWS
+        most = GROUP_ROWS if self.widest <= self.L else TALL_ROWS
         T = min(max(elements // max(wide, 1) // ROWS * ROWS, ROWS), most)
         self.row_blocks = _pieces(self.P, T)
         rows = self.row_blocks[0][1]

@@ -23,7 +23,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bssn_kernels.backends import _schedule as s
+from bssn_kernels.backends import _tables as names
+from bssn_kernels.backends._geometry import FLAT as FLAT_STEP
 from bssn_kernels.plan import SCALARS
 
 
@@ -33,57 +34,57 @@ def _at(fields, *names):
 
 
 INNER, OUTER, VECTORS, SCALE, DOT, UPDATE = (
-    tl.constexpr(kind) for kind in (s.INNER, s.OUTER, s.VECTORS, s.SCALE, s.DOT, s.UPDATE)
+    tl.constexpr(kind) for kind in (names.INNER, names.OUTER, names.VECTORS, names.SCALE, names.DOT, names.UPDATE)
 )
-STORED, RAW, SCALED, SAVED = (tl.constexpr(source) for source in (s.STORED, s.RAW, s.SCALED, s.SAVED))
+STORED, RAW, SCALED, SAVED = (tl.constexpr(source) for source in (names.STORED, names.RAW, names.SCALED, names.SAVED))
 
 TILE_WIDTH, BLOCK_WIDTH, VECTOR_WIDTH = (
-    tl.constexpr(len(fields)) for fields in (s.TILE_FIELDS, s.BLOCK_FIELDS, s.VECTOR_FIELDS)
+    tl.constexpr(len(fields)) for fields in (names.TILE_FIELDS, names.BLOCK_FIELDS, names.VECTOR_FIELDS)
 )
-LAYER_WIDTH = tl.constexpr(len(s.LAYER_FIELDS) + 2 * len(s.ROLE_FIELDS))
-ROLES_AT, ROLE_WIDTH = tl.constexpr(len(s.LAYER_FIELDS)), tl.constexpr(len(s.ROLE_FIELDS))
-ADDRESS_WIDTH, FLOAT_WIDTH = tl.constexpr(len(s.ADDRESSES)), tl.constexpr(5)
-FLAT = tl.constexpr(s.FLAT)
+LAYER_WIDTH = tl.constexpr(len(names.LAYER_FIELDS) + 2 * len(names.ROLE_FIELDS))
+ROLES_AT, ROLE_WIDTH = tl.constexpr(len(names.LAYER_FIELDS)), tl.constexpr(len(names.ROLE_FIELDS))
+ADDRESS_WIDTH, FLOAT_WIDTH = tl.constexpr(len(names.ADDRESSES)), tl.constexpr(5)
+FLAT = tl.constexpr(FLAT_STEP)
 COUNTER = tl.constexpr(8)  # counters are 32 bytes apart, or those who poll one slow those who raise its neighbour
 
-T_KIND, T_LAYER, T_ROW0, T_ROWS, T_COL0 = _at(s.TILE_FIELDS, "kind", "layer", "row0", "rows", "col0")
-T_CHUNKS, T_STEP, T_WIDTH, T_END = _at(s.TILE_FIELDS, "chunks", "step", "width", "end")
-T_SLOT0, T_SLOT1, T_BLOCK = _at(s.TILE_FIELDS, "slot0", "slot1", "block")
-T_WAIT, T_WAIT_TARGET, T_MASK, T_SOURCE = _at(s.TILE_FIELDS, "wait", "wait_target", "mask", "source")
+T_KIND, T_LAYER, T_ROW0, T_ROWS, T_COL0 = _at(names.TILE_FIELDS, "kind", "layer", "row0", "rows", "col0")
+T_CHUNKS, T_STEP, T_WIDTH, T_END = _at(names.TILE_FIELDS, "chunks", "step", "width", "end")
+T_SLOT0, T_SLOT1, T_BLOCK = _at(names.TILE_FIELDS, "slot0", "slot1", "block")
+T_WAIT, T_WAIT_TARGET, T_MASK, T_SOURCE = _at(names.TILE_FIELDS, "wait", "wait_target", "mask", "source")
 
-B_KIND, B_COUNTER, B_ARRIVALS, B_THEN = _at(s.BLOCK_FIELDS, "kind", "counter", "arrivals", "then")
-B_THEN_TARGET, B_DONE, B_BATCH = _at(s.BLOCK_FIELDS, "then_target", "done", "batch")
-B_MASK, B_PARITY, B_SHARE, B_FINAL, B_DOT = _at(s.BLOCK_FIELDS, "mask", "parity", "share", "final", "dot")
-B_START0, B_COUNT0, B_SEGMENTS = _at(s.BLOCK_FIELDS, "start0", "count0", "segments")
-B_START1, B_COUNT1 = _at(s.BLOCK_FIELDS, "start1", "count1")
+B_KIND, B_COUNTER, B_ARRIVALS, B_THEN = _at(names.BLOCK_FIELDS, "kind", "counter", "arrivals", "then")
+B_THEN_TARGET, B_DONE, B_BATCH = _at(names.BLOCK_FIELDS, "then_target", "done", "batch")
+B_MASK, B_PARITY, B_SHARE, B_FINAL, B_DOT = _at(names.BLOCK_FIELDS, "mask", "parity", "share", "final", "dot")
+B_START0, B_COUNT0, B_SEGMENTS = _at(names.BLOCK_FIELDS, "start0", "count0", "segments")
+B_START1, B_COUNT1 = _at(names.BLOCK_FIELDS, "start1", "count1")
 
-L_INDEX, L_P, L_L, L_R, L_NUMEL, L_ALIGNED = _at(s.LAYER_FIELDS, "index", "p", "l", "r", "numel", "aligned")
-L_SCALARS, L_HAS_GAIN, L_NORM_ADDS = _at(s.LAYER_FIELDS, "scalars", "has_gain", "norm_adds")
-L_THROUGH, L_ITERATED = _at(s.LAYER_FIELDS, "through", "iterated")
-L_DOTS, L_DOT_COUNT = _at(s.LAYER_FIELDS, "dots", "dot_count")
+L_INDEX, L_P, L_L, L_R, L_NUMEL, L_ALIGNED = _at(names.LAYER_FIELDS, "index", "p", "l", "r", "numel", "aligned")
+L_SCALARS, L_HAS_GAIN, L_NORM_ADDS = _at(names.LAYER_FIELDS, "scalars", "has_gain", "norm_adds")
+L_THROUGH, L_ITERATED = _at(names.LAYER_FIELDS, "through", "iterated")
+L_DOTS, L_DOT_COUNT = _at(names.LAYER_FIELDS, "dots", "dot_count")
 
-R_EXISTS, R_DIRECTION, R_INNER_FIRST = _at(s.ROLE_FIELDS, "exists", "direction", "inner_first")
-R_STORED_XQ, R_STORED_XR = _at(s.ROLE_FIELDS, "stored_xq", "stored_xr")
-R_STORED_YP, R_STORED_YQ, R_STORED_YR = _at(s.ROLE_FIELDS, "stored_yp", "stored_yq", "stored_yr")
-R_RAW_XQ, R_RAW_XR = _at(s.ROLE_FIELDS, "raw_xq", "raw_xr")
-R_RAW_YP, R_RAW_YQ, R_RAW_YR = _at(s.ROLE_FIELDS, "raw_yp", "raw_yq", "raw_yr")
+R_EXISTS, R_DIRECTION, R_INNER_FIRST = _at(names.ROLE_FIELDS, "exists", "direction", "inner_first")
+R_STORED_XQ, R_STORED_XR = _at(names.ROLE_FIELDS, "stored_xq", "stored_xr")
+R_STORED_YP, R_STORED_YQ, R_STORED_YR = _at(names.ROLE_FIELDS, "stored_yp", "stored_yq", "stored_yr")
+R_RAW_XQ, R_RAW_XR = _at(names.ROLE_FIELDS, "raw_xq", "raw_xr")
+R_RAW_YP, R_RAW_YQ, R_RAW_YR = _at(names.ROLE_FIELDS, "raw_yp", "raw_yq", "raw_yr")
 R_MODULUS, R_FOLD, R_FOLD_STRIDE, R_ENTRY_STRIDE = _at(
-    s.ROLE_FIELDS, "modulus", "fold", "fold_stride", "entry_stride"
+    names.ROLE_FIELDS, "modulus", "fold", "fold_stride", "entry_stride"
 )
-R_SLAB_SIZE, R_INNER_SLOTS, R_INNER_PARTIAL = _at(s.ROLE_FIELDS, "slab_size", "inner_slots", "inner_partial")
-R_OUTER_SLOTS, R_OUTER_PARTIAL = _at(s.ROLE_FIELDS, "outer_slots", "outer_partial")
-R_SLAB, R_SLAB_ODD, R_SPREAD, R_SPREAD_ODD = _at(s.ROLE_FIELDS, "slab", "slab_odd", "spread", "spread_odd")
-R_INNER_SHARES, R_INNER_SHARE_COUNT = _at(s.ROLE_FIELDS, "inner_shares", "inner_share_count")
-R_OUTER_SHARES, R_OUTER_SHARE_COUNT = _at(s.ROLE_FIELDS, "outer_shares", "outer_share_count")
-R_RESULTS = _at(s.ROLE_FIELDS, "results")
-R_SAVED_SPREAD, R_SAVED_SLAB, R_SAVED_START = _at(s.ROLE_FIELDS, "saved_spread", "saved_slab", "saved_start")
-RESULT_WIDTH = tl.constexpr(len(s.RESULTS))
+R_SLAB_SIZE, R_INNER_SLOTS, R_INNER_PARTIAL = _at(names.ROLE_FIELDS, "slab_size", "inner_slots", "inner_partial")
+R_OUTER_SLOTS, R_OUTER_PARTIAL = _at(names.ROLE_FIELDS, "outer_slots", "outer_partial")
+R_SLAB, R_SLAB_ODD, R_SPREAD, R_SPREAD_ODD = _at(names.ROLE_FIELDS, "slab", "slab_odd", "spread", "spread_odd")
+R_INNER_SHARES, R_INNER_SHARE_COUNT = _at(names.ROLE_FIELDS, "inner_shares", "inner_share_count")
+R_OUTER_SHARES, R_OUTER_SHARE_COUNT = _at(names.ROLE_FIELDS, "outer_shares", "outer_share_count")
+R_RESULTS = _at(names.ROLE_FIELDS, "results")
+R_SAVED_SPREAD, R_SAVED_SLAB, R_SAVED_START = _at(names.ROLE_FIELDS, "saved_spread", "saved_slab", "saved_start")
+RESULT_WIDTH = tl.constexpr(len(names.RESULTS))
 
-V_LAYER, V_ADDRESS, V_RAW, V_SCALE, V_OK = _at(s.VECTOR_FIELDS, "layer", "address", "raw", "scale", "ok")
-V_COPY, V_START, V_SAVED, V_DIVISOR = _at(s.VECTOR_FIELDS, "copy", "start", "saved", "divisor")
-V_HIGH, V_LOW, V_BEGIN, V_COUNT, V_SIZE = _at(s.VECTOR_FIELDS, "high", "low", "begin", "count", "size")
+V_LAYER, V_ADDRESS, V_RAW, V_SCALE, V_OK = _at(names.VECTOR_FIELDS, "layer", "address", "raw", "scale", "ok")
+V_COPY, V_START, V_SAVED, V_DIVISOR = _at(names.VECTOR_FIELDS, "copy", "start", "saved", "divisor")
+V_HIGH, V_LOW, V_BEGIN, V_COUNT, V_SIZE = _at(names.VECTOR_FIELDS, "high", "low", "begin", "count", "size")
 
-A_WEIGHT, A_SPREAD, A_SLAB, A_GAIN = _at(s.ADDRESSES, "weight", "spread0", "slab0", "gain")
+A_WEIGHT, A_SPREAD, A_SLAB, A_GAIN = _at(names.ADDRESSES, "weight", "spread0", "slab0", "gain")
 
 S_SIGMA, S_SIGMA_OUT, S_MULTIPLIER, S_SLOPE_OUT = _at(SCALARS, "sigma", "sigma_out", "multiplier", "slope_out")
 S_SLOPE_GAIN, S_START_OUT, S_RESIDUAL_OUT = _at(SCALARS, "slope_gain", "start_out", "residual_out")
@@ -419,7 +420,8 @@ def _combine(bp, lp, ap, e, vector_ptr, work_ptr, double_ptr, FORWARD: tl.conste
     part, raw = tl.load(rp + R_INNER_PARTIAL), tl.where(odd, tl.load(rp + R_SLAB_ODD), tl.load(rp + R_SLAB))
     shares = tl.load(rp + R_INNER_SHARES)
     if tl.load(bp + B_KIND) == OUTER:  # or of the spread, one term per slot and column that it folds
-        entry_stride, fold, fold_stride = tl.load(rp + R_ENTRY_STRIDE).to(tl.int32), tl.load(rp + R_FOLD).to(tl.int32), tl.load(rp + R_FOLD_STRIDE).to(tl.int32)
+        entry_stride, fold = tl.load(rp + R_ENTRY_STRIDE).to(tl.int32), tl.load(rp + R_FOLD).to(tl.int32)
+        fold_stride = tl.load(rp + R_FOLD_STRIDE).to(tl.int32)
         begin, n, segments = tl.load(bp + B_START0).to(tl.int64), tl.load(bp + B_COUNT0), tl.load(bp + B_SEGMENTS)
         if e == 1:
             begin, n, segments = tl.load(bp + B_START1).to(tl.int64), tl.load(bp + B_COUNT1), 1
@@ -474,7 +476,8 @@ def _finish(bp, lp, ap, fp, gain_ptr, saved_ptr, double_ptr):
             weight = tl.load(fp + 1 + d)
             slope = weight
             if iterated:
-                outer = _total(double_ptr + tl.load(rp + R_OUTER_SHARES), tl.load(rp + R_OUTER_SHARE_COUNT).to(tl.int32))
+                n_shares = tl.load(rp + R_OUTER_SHARE_COUNT).to(tl.int32)
+                outer = _total(double_ptr + tl.load(rp + R_OUTER_SHARES), n_shares)
                 inner_first = tl.load(rp + R_INNER_FIRST) != 0
                 first = tl.sqrt(tl.where(inner_first, sigma, outer))
                 den_first = _denominator(first, eps, adds)
@@ -695,7 +698,7 @@ def _rank_spread(
 
 @triton.jit
 def _slab_places(rp, p, q, r, R, o_r, o_c, RAW_ORDER: tl.constexpr, WIDE: tl.constexpr):
-    """Where the slab of a block of numbers stands: first number, stride of rows, place of each number from the first."""
+    """Where the slab of a block of numbers stands: its first number, stride of rows, place of each from the first."""
     if RAW_ORDER:
         yp, yq, yr = tl.load(rp + R_RAW_YP), tl.load(rp + R_RAW_YQ), tl.load(rp + R_RAW_YR)
     else:

@@ -9,23 +9,22 @@ import importlib.metadata
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bssn_kernels.backends._geometry import COLS, FLAT, ROWS
-from bssn_kernels.backends._schedule import ADDRESSES, BackwardSchedule, ForwardSchedule, Schedule
-from bssn_kernels.plan import FLOATS, LayerSpec, accumulation_dtype, layer_rows
+from bssn_kernels.backends._geometry import COLS, ROWS
+from bssn_kernels.backends._launch import Launch, State, counters_of, on
+from bssn_kernels.plan import FLOATS, LayerSpec, accumulation_dtype
 
 OLDEST = (3, 3)  # the first Triton that takes a tuple of tensors as an argument
 OLDEST_DEVICE = (7, 5)
 LONGEST_ROW = 1 << 27  # elements: places within a tile are 32-bit numbers, and a tile holds ROWS rows
 TUPLE = 8  # tuples of tensors have a multiple of this length, so that groups of like size share a kernel
-KEPT_LAUNCHES, KEPT_ADDRESSES = 32, 8
 
 
 @dataclass(frozen=True)
@@ -158,15 +157,16 @@ class TritonBackend:
         """See ``ops.normalize``."""
         dtype, device = weights[0].dtype, weights[0].device
         accum = accumulation_dtype(dtype)
-        state = _State.of(tables[0])
+        state = State.of(tables[0])
         vectors, gains = _alike(vectors, accum), _alike(gains, accum)
-        with _on(device) as stream:
+        with on(device) as stream:
             launch = state.forward(tuple(iterations), dtype.itemsize, device)
             addresses = state.addresses(("forward",), weights, vectors, gains, stream)
             saved = torch.empty(saved_numel, dtype=accum, device=device)
             outs = [torch.empty_like(w, dtype=output_dtype or dtype) for w in weights]
             vector_anchor = state.anchor(vectors[0].dtype if vectors else accum, device)
-            launch.run(
+            _run(
+                launch,
                 _kernels().forward_kernel,
                 stream,
                 (
@@ -189,14 +189,15 @@ class TritonBackend:
     ) -> tuple[list[Tensor], Tensor]:
         """See ``ops.normalize_backward``."""
         dtype, device = weights[0].dtype, weights[0].device
-        state, key = _State.of(tables[0]), tuple(layers)
+        state, key = State.of(tables[0]), tuple(layers)
         grads = [g if g.data_ptr() % 16 == 0 else torch.empty_like(g).copy_(g) for g in grads]
-        with _on(device) as stream:
+        with on(device) as stream:
             launch = state.backward(key, dtype.itemsize, device)
             addresses = state.addresses(("backward", key), weights, (), (), stream)
             grad_weights = [torch.empty_like(w) for w in weights]
             grad_gains = torch.empty(len(layers), dtype=saved.dtype, device=device)
-            launch.run(
+            _run(
+                launch,
                 _kernels().backward_kernel,
                 stream,
                 (addresses, state.anchor(dtype, device), _tuple(grads), _tuple(grad_weights), saved, grad_gains),
@@ -219,28 +220,6 @@ def _tuple(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (*tensors, *[tensors[-1]] * (-len(tensors) % TUPLE))
 
 
-class _on:
-    """Makes a device current; gives its current stream, or None for a device without."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.guard = torch.cuda.device(device) if device.type == "cuda" else None
-        self.device = device
-
-    def __enter__(self) -> torch.cuda.Stream | None:
-        if self.guard is None:
-            return None
-        self.guard.__enter__()
-        return torch.cuda.current_stream(self.device)
-
-    def __exit__(self, *error) -> None:
-        if self.guard is not None:
-            self.guard.__exit__(*error)
-
-
-def _capturing(stream: torch.cuda.Stream | None) -> bool:
-    return stream is not None and torch.cuda.is_current_stream_capturing()
-
-
 @cache
 def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
     """Number of SMs, compute capability."""
@@ -248,202 +227,38 @@ def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
     return properties.multi_processor_count, (properties.major, properties.minor)
 
 
-class _Counters:
-    """Zeroed counters, which every launch leaves as it found them: one set per device and stream, and for captured
-    graphs, whose replays may run beside anything, one that nobody else uses.
-    """
-
-    def __init__(self) -> None:
-        self._of_stream: dict[tuple, Tensor] = {}
-
-    def get(self, n: int, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
-        key = device, stream and stream.cuda_stream
-        found = self._of_stream.get(key)
-        if found is None or found.numel() < n:
-            found = self._of_stream[key] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
-        return found
-
-    def forget(self) -> None:
-        """After a launch that failed: they may be in any state."""
-        self._of_stream.clear()
-
-
-_counters = _Counters()
-_COUNTER_STRIDE = 8
-_SPARE_COUNTERS = 2
-
-
-@dataclass
-class _Launch:
-    """A schedule with its tables on the device.
-
-    Attributes:
-        spares: zeroed counters for graphs; each serves one captured launch for ever, and is kept by `taken`.
-    """
-
-    schedule: Schedule
-    tables: dict[str, Tensor]
-    spares: list[Tensor]
-    taken: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def make(cls, schedule: Schedule, device: torch.device) -> _Launch:
-        names = ("tiles", "blocks", "layers", "vectors", "floats")
-        tables = {name: getattr(schedule, name).to(device) for name in names}
-        n = schedule.n_counters * _COUNTER_STRIDE
-        spares = []
-        if device.type == "cuda":
-            spares = [torch.zeros(n, dtype=torch.int32, device=device) for _ in range(_SPARE_COUNTERS)]
-        return cls(schedule, tables, spares)
-
-    def counters(self, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
-        n = self.schedule.n_counters * _COUNTER_STRIDE
-        if not _capturing(stream):
-            return _counters.get(n, device, stream)
-        self.taken.append(self.spares.pop() if self.spares else torch.zeros(n, dtype=torch.int32, device=device))
-        return self.taken[-1]
-
-    def run(
-        self, kernel: Callable, stream: torch.cuda.Stream | None, arguments: Sequence, accum: torch.dtype, **flags: bool
-    ) -> None:
-        """One launch of all tiles, on the current stream."""
-        schedule, tables, device = self.schedule, self.tables, self.tables["tiles"].device
-        kind = flags["GENERAL"], flags.get("MIXED") or flags.get("THROUGH") or False
-        if stream is None:
-            programs, config = INTERPRETED_PROGRAMS, AMPERE[kind]
-        else:
-            processors, capability = _device(device)
-            config = config_of(capability, *kind)
-            programs = min(processors * config.programs, len(schedule.tiles))
-        work = torch.empty(max(schedule.workspace, 16), dtype=accum, device=device)
-        doubles = torch.empty(max(schedule.doubles, 16), dtype=torch.float64, device=device)
-        counters = self.counters(device, stream)
-        full = (
-            *(tables["tiles"], tables["blocks"], tables["layers"], *arguments, work, doubles, counters),
-            *(len(schedule.tiles), programs, schedule.n_counters),
-        )
-        settings = dict(ROWS=ROWS, COLS=COLS[schedule.itemsize], STAGES=config.stages, BLOCK=config.block, **flags)
-        if stream is not None:
-            kernel[(programs,)](*full, **settings, num_warps=config.warps, maxnreg=config.registers)
-            return
-        with _interpreter_lock:
-            try:
-                kernel[(programs,)](*full, **settings)
-            except BaseException:
-                _counters.forget()
-                raise
-
-
-@dataclass
-class _Addresses:
-    """Where the tensors of a group stand, on the device: distances from the anchors, in elements."""
-
-    table: Tensor
-    stream: torch.cuda.Stream | None
-    uploaded: torch.cuda.Event | None
-
-
-class _State:
-    """What the backend keeps for a plan: launches and address tables. It lives as an attribute of the plan's layer
-    table and goes with it.
-    """
-
-    def __init__(self, table: Tensor) -> None:
-        self.rows = layer_rows(table)
-        self._launches: dict[tuple, _Launch] = {}
-        self._addresses: dict[tuple, _Addresses] = {}
-        self._captured: list[object] = []
-
-    @classmethod
-    def of(cls, table: Tensor) -> _State:
-        state = table.__dict__.get("triton")
-        if state is None:
-            state = table.__dict__["triton"] = cls(table)
-        return state
-
-    @staticmethod
-    @cache
-    def anchor(dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor of this type at a multiple of 16 bytes, from which distances are counted."""
-        return torch.zeros(64, dtype=dtype, device=device)
-
-    def forward(self, iterations: tuple[int, ...], itemsize: int, device: torch.device) -> _Launch:
-        key = "forward", iterations, device
-        return self._launch(key, lambda: ForwardSchedule(self.rows, iterations, itemsize), device)
-
-    def backward(self, layers: tuple[int, ...], itemsize: int, device: torch.device) -> _Launch:
-        key = "backward", layers, device
-        return self._launch(key, lambda: BackwardSchedule(self.rows, layers, itemsize), device)
-
-    def _launch(self, key: tuple, make: Callable[[], Schedule], device: torch.device) -> _Launch:
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        found = self._launches.get(key)
-        if found is None:
-            if capturing:
-                raise RuntimeError(f"triton: this {key[0]} was never run before the capture: {_WARM_UP}")
-            if len(self._launches) >= KEPT_LAUNCHES:
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)  # another stream may still read its tables
-                self._launches.pop(next(iter(self._launches)))
-            found = self._launches[key] = _Launch.make(make(), device)
-        if capturing:
-            self._captured.append(found)
-        return found
-
-    def addresses(
-        self,
-        kind: tuple,
-        weights: Sequence[Tensor],
-        vectors: Sequence[Tensor],
-        gains: Sequence[Tensor],
-        stream: torch.cuda.Stream | None,
-    ) -> Tensor:
-        """The address table of these tensors; a new one only where a tensor moved."""
-        key = kind, (*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, vectors), *map(Tensor.data_ptr, gains))
-        found, capturing = self._addresses.get(key), _capturing(stream)
-        if found is None:
-            if capturing:
-                raise RuntimeError(f"triton: weights, vectors or gains moved before the capture: {_WARM_UP}")
-            found = self._upload(self._distances(weights, vectors, gains), weights[0].device, stream)
-            if len(self._addresses) >= KEPT_ADDRESSES:
-                self._addresses.pop(next(iter(self._addresses)))
-            self._addresses[key] = found
-        if capturing:
-            self._captured.append(found)
-        elif stream is not None and found.stream != stream:
-            stream.wait_event(found.uploaded)
-            found.table.record_stream(stream)
-        return found.table
-
-    def _distances(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
-        table = [[0] * len(ADDRESSES) for _ in weights]
-        for k, weight in enumerate(weights):
-            table[k][0] = self._distance(weight)
-        if vectors:
-            given, owned = iter(vectors), iter(gains)
-            for k, row in enumerate(self.rows):
-                stored = [self._distance(next(given)) for _ in range(2 * row.directions)]
-                for e, direction in enumerate(ForwardSchedule.directions(row, weights[k].element_size())):
-                    if direction is not None:
-                        d, spread_is_v = direction
-                        u, v = stored[2 * d : 2 * d + 2]
-                        table[k][1 + 2 * e : 3 + 2 * e] = (v, u) if spread_is_v else (u, v)
-                if row.has_gain:
-                    table[k][ADDRESSES.index("gain")] = self._distance(next(owned))
-        return torch.tensor(table, dtype=torch.int64, device="cpu")
-
-    def _distance(self, tensor: Tensor) -> int:
-        return (tensor.data_ptr() - self.anchor(tensor.dtype, tensor.device).data_ptr()) // tensor.element_size()
-
-    @staticmethod
-    def _upload(table: Tensor, device: torch.device, stream: torch.cuda.Stream | None) -> _Addresses:
-        if stream is None:
-            return _Addresses(table, None, None)
-        on_device = table.pin_memory().to(device, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(stream)
-        return _Addresses(on_device, stream, event)
-
-
-_WARM_UP = "run it once on the same tensors and in the same mode before torch.cuda.graph"
-assert FLAT % 16 == 0  # flat tiles keep 16-byte accesses for every dtype
+def _run(
+    launch: Launch,
+    kernel: Any,
+    stream: torch.cuda.Stream | None,
+    arguments: Sequence,
+    accum: torch.dtype,
+    **flags: bool,
+) -> None:
+    """One launch of all tiles, on the current stream."""
+    schedule, tables, device = launch.schedule, launch.tables, launch.tables["tiles"].device
+    kind = flags["GENERAL"], flags.get("MIXED") or flags.get("THROUGH") or False
+    if stream is None:
+        programs, config = INTERPRETED_PROGRAMS, AMPERE[kind]
+    else:
+        processors, capability = _device(device)
+        config = config_of(capability, *kind)
+        programs = min(processors * config.programs, len(schedule.tiles))
+    work = torch.empty(max(schedule.workspace, 16), dtype=accum, device=device)
+    doubles = torch.empty(max(schedule.doubles, 16), dtype=torch.float64, device=device)
+    counters = launch.counters(device, stream)
+    full = (
+        *(tables["tiles"], tables["blocks"], tables["layers"], *arguments, work, doubles, counters),
+        *(len(schedule.tiles), programs, schedule.n_counters),
+    )
+    settings = dict(ROWS=ROWS, COLS=COLS[schedule.itemsize], STAGES=config.stages, BLOCK=config.block, **flags)
+    if stream is not None:
+        options = {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": True}
+        kernel[(programs,)](*full, **settings, **options)
+        return
+    with _interpreter_lock:
+        try:
+            kernel[(programs,)](*full, **settings)
+        except BaseException:
+            counters_of.forget()
+            raise

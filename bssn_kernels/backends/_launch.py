@@ -1,0 +1,210 @@
+"""What a GPU backend keeps for a plan on a device: schedules, addresses of its tensors, counters.
+
+Nothing here is done in the steady state: schedules are uploaded when a call is new, addresses when a tensor moved,
+and never while a graph is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule, Schedule
+from bssn_kernels.backends._tables import ADDRESSES
+from bssn_kernels.plan import layer_rows
+
+KEPT_LAUNCHES, KEPT_ADDRESSES = 32, 8
+COUNTER_STRIDE = 8  # int32 numbers: counters are 32 bytes apart
+SPARE_COUNTERS = 2
+WARM_UP = "run it once on the same tensors and in the same mode before torch.cuda.graph"
+
+
+class on:
+    """Makes a device current; gives its current stream, or None for a device without."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.guard = torch.cuda.device(device) if device.type == "cuda" else None
+        self.device = device
+
+    def __enter__(self) -> torch.cuda.Stream | None:
+        if self.guard is None:
+            return None
+        self.guard.__enter__()
+        return torch.cuda.current_stream(self.device)
+
+    def __exit__(self, *error) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*error)
+
+
+def capturing(stream: torch.cuda.Stream | None) -> bool:
+    return stream is not None and torch.cuda.is_current_stream_capturing()
+
+
+class Counters:
+    """Zeroed counters, which every launch leaves as it found them: one set per device and stream, and for captured
+    graphs, whose replays may run beside anything, one that nobody else uses.
+    """
+
+    def __init__(self) -> None:
+        self._of_stream: dict[tuple, Tensor] = {}
+
+    def get(self, n: int, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
+        key = device, stream and stream.cuda_stream
+        found = self._of_stream.get(key)
+        if found is None or found.numel() < n:
+            found = self._of_stream[key] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
+        return found
+
+    def forget(self) -> None:
+        """After a launch that failed: they may be in any state."""
+        self._of_stream.clear()
+
+
+counters_of = Counters()
+
+
+@dataclass
+class Launch:
+    """A schedule with its tables on the device.
+
+    Attributes:
+        spares: zeroed counters for graphs; each serves one captured launch for ever, and is kept by `taken`.
+    """
+
+    schedule: Schedule
+    tables: dict[str, Tensor]
+    spares: list[Tensor]
+    taken: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, schedule: Schedule, device: torch.device) -> Launch:
+        names = ("tiles", "blocks", "layers", "vectors", "floats")
+        tables = {name: getattr(schedule, name).to(device) for name in names}
+        n = schedule.n_counters * COUNTER_STRIDE
+        spares = []
+        if device.type == "cuda":
+            spares = [torch.zeros(n, dtype=torch.int32, device=device) for _ in range(SPARE_COUNTERS)]
+        return cls(schedule, tables, spares)
+
+    def counters(self, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
+        n = self.schedule.n_counters * COUNTER_STRIDE
+        if not capturing(stream):
+            return counters_of.get(n, device, stream)
+        self.taken.append(self.spares.pop() if self.spares else torch.zeros(n, dtype=torch.int32, device=device))
+        return self.taken[-1]
+
+
+@dataclass
+class Addresses:
+    """Where the tensors of a group stand, on the device: distances from the anchors, in elements."""
+
+    table: Tensor
+    stream: torch.cuda.Stream | None
+    uploaded: torch.cuda.Event | None
+
+
+class State:
+    """What the backend keeps for a plan: launches and address tables. It lives as an attribute of the plan's layer
+    table and goes with it.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.rows = layer_rows(table)
+        self._launches: dict[tuple, Launch] = {}
+        self._addresses: dict[tuple, Addresses] = {}
+        self._captured: list[object] = []
+
+    @classmethod
+    def of(cls, table: Tensor) -> State:
+        state = table.__dict__.get("launches")
+        if state is None:
+            state = table.__dict__["launches"] = cls(table)
+        return state
+
+    @staticmethod
+    @cache
+    def anchor(dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of this type at a multiple of 16 bytes, from which distances are counted."""
+        return torch.zeros(64, dtype=dtype, device=device)
+
+    def forward(self, iterations: tuple[int, ...], itemsize: int, device: torch.device) -> Launch:
+        key = "forward", iterations, device
+        return self._launch(key, lambda: ForwardSchedule(self.rows, iterations, itemsize), device)
+
+    def backward(self, layers: tuple[int, ...], itemsize: int, device: torch.device) -> Launch:
+        key = "backward", layers, device
+        return self._launch(key, lambda: BackwardSchedule(self.rows, layers, itemsize), device)
+
+    def _launch(self, key: tuple, make: Callable[[], Schedule], device: torch.device) -> Launch:
+        now = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        found = self._launches.get(key)
+        if found is None:
+            if now:
+                raise RuntimeError(f"this {key[0]} was never run before the capture: {WARM_UP}")
+            if len(self._launches) >= KEPT_LAUNCHES:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # another stream may still read its tables
+                self._launches.pop(next(iter(self._launches)))
+            found = self._launches[key] = Launch.make(make(), device)
+        if now:
+            self._captured.append(found)
+        return found
+
+    def addresses(
+        self,
+        kind: tuple,
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        gains: Sequence[Tensor],
+        stream: torch.cuda.Stream | None,
+    ) -> Tensor:
+        """The address table of these tensors; a new one only where a tensor moved."""
+        key = kind, (*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, vectors), *map(Tensor.data_ptr, gains))
+        found, now = self._addresses.get(key), capturing(stream)
+        if found is None:
+            if now:
+                raise RuntimeError(f"weights, vectors or gains moved before the capture: {WARM_UP}")
+            found = self._upload(self._distances(weights, vectors, gains), weights[0].device, stream)
+            if len(self._addresses) >= KEPT_ADDRESSES:
+                self._addresses.pop(next(iter(self._addresses)))
+            self._addresses[key] = found
+        if now:
+            self._captured.append(found)
+        elif stream is not None and found.stream != stream:
+            stream.wait_event(found.uploaded)
+            found.table.record_stream(stream)
+        return found.table
+
+    def _distances(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
+        table = [[0] * len(ADDRESSES) for _ in weights]
+        for k, weight in enumerate(weights):
+            table[k][0] = self._distance(weight)
+        if vectors:
+            given, owned = iter(vectors), iter(gains)
+            for k, row in enumerate(self.rows):
+                stored = [self._distance(next(given)) for _ in range(2 * row.directions)]
+                for e, direction in enumerate(ForwardSchedule.directions(row, weights[k].element_size())):
+                    if direction is not None:
+                        d, spread_is_v = direction
+                        u, v = stored[2 * d : 2 * d + 2]
+                        table[k][1 + 2 * e : 3 + 2 * e] = (v, u) if spread_is_v else (u, v)
+                if row.has_gain:
+                    table[k][ADDRESSES.index("gain")] = self._distance(next(owned))
+        return torch.tensor(table, dtype=torch.int64, device="cpu")
+
+    def _distance(self, tensor: Tensor) -> int:
+        return (tensor.data_ptr() - self.anchor(tensor.dtype, tensor.device).data_ptr()) // tensor.element_size()
+
+    @staticmethod
+    def _upload(table: Tensor, device: torch.device, stream: torch.cuda.Stream | None) -> Addresses:
+        if stream is None:
+            return Addresses(table, None, None)
+        on_device = table.pin_memory().to(device, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(stream)
+        return Addresses(on_device, stream, event)
