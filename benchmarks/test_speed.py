@@ -14,7 +14,7 @@ from bssn_kernels.bench.session import tasks_of
 from bssn_kernels.bench.verify import compare
 from bssn_kernels.bench.workloads import WORKLOADS
 
-PROVIDERS = [NATIVE, *(fused(name) for name, reasons in backends.report() if not reasons)]
+PROVIDERS = [NATIVE, *map(fused, backends.natural("cpu"))]
 CASES = [(p, v) for v in ("sn", "bssn") for p in PROVIDERS if p.variants is None or v in p.variants]
 
 

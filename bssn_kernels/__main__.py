@@ -64,11 +64,20 @@ def _doctor(args: argparse.Namespace) -> int:
 def _versions() -> Iterable[tuple[str, str]]:
     yield "bssn_kernels", f"{bssn_kernels.__version__}  ({Path(bssn_kernels.__file__).parent})"
     yield "torch", torch.__version__
+    yield "gpu", _gpu()
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     try:
         yield "triton", importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         yield "triton", "not installed"
+
+
+def _gpu() -> str:
+    """Devices that torch sees; asking is for this command alone, importing the package asks nothing."""
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return ", ".join(f"{p.name} (sm_{p.major}{p.minor}, {p.multi_processor_count} SMs)" for p in found)
 
 
 def _build() -> Iterable[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Fixtures of all tests: the backends of this machine, and memory that shows what nobody wrote."""
 
+import dataclasses
 import os
 
 import hypothesis
@@ -49,8 +50,9 @@ def one_seed():
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
-    """Triton's interpreter prepares its language anew for each function that a kernel calls, which takes a third of its
-    time; once per launch is enough.
+    """Triton's interpreter prepares its language anew for each function that a kernel calls, and checks every sum of
+    32-bit numbers for overflow, which takes half of its time. Once per launch is enough, and tests of large layers
+    switch the checks on again.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or backends.get("triton").unsupported():
         yield
@@ -72,6 +74,8 @@ def quick_interpreter():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", prepare_once)
         patch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
+        builder = interpreter.interpreter_builder
+        patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
         yield
 
 

@@ -1,6 +1,8 @@
 """The Triton backend's surroundings, in the interpreter: grids, counters, tables, selection, very large layers."""
 
 import copy
+import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -258,6 +260,8 @@ class TestBeyond32Bits:
             return made[-1]
 
         monkeypatch.setattr(triton.torch, "empty", note)
+        builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
         yield made
         torch.utils.deterministic.fill_uninitialized_memory = before
 

@@ -62,8 +62,9 @@ def rotated(layer: str, dtype: torch.dtype, turn: int = 0) -> list[Case]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @pytest.mark.parametrize("layer", SMALL)
 def test_every_layer(backend, layer, dtype):
-    for turn in range(3):
-        check(fitting(rotated(layer, dtype, turn), backend, 1 if layer.endswith("_large") else 2), backend)
+    large = layer.endswith("_large")
+    for turn in (0,) if large and interpreted(backend) else range(3):
+        check(fitting(rotated(layer, dtype, turn), backend, 1 if large else 2), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
@@ -97,6 +98,8 @@ def test_more_than_caches_hold(fused_backend):
 @pytest.mark.parametrize("layer", LONG)
 def test_long_sums_keep_their_accuracy(backend, layer):
     """Of numbers of one sign, where adding one by one in fp32 loses three digits and more."""
+    if layer == "tall":
+        only_on_a_device(backend, "200 row blocks of short rows; wide takes the same sums the other way")
     check([Case(layer, semantics=s, iterations=n) for s, n in (("torch", 1), ("torch_hook", 0))], backend, mean=1.0)
 
 

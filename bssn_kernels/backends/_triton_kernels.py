@@ -91,6 +91,10 @@ S_SLOPE_GAIN, S_START_OUT, S_RESIDUAL_OUT = _at(SCALARS, "slope_gain", "start_ou
 N_SCALARS = tl.constexpr(len(SCALARS))
 
 
+# Whether a size is a multiple of 16 changes nothing in a kernel, and must not make another one.
+SIZES = ["n_tiles", "n_programs", "n_counters"]
+
+
 @triton.jit
 def _draw(counter_ptr):
     """The next ticket."""
@@ -126,8 +130,10 @@ def _select(ptrs, i):
     UNIT: tl.constexpr = 128 // ptrs[0].dtype.element_ty.primitive_bitwidth
     anchor = ptrs[0].to(tl.int64)
     address = anchor
-    for k in tl.static_range(1, len(ptrs)):
-        address = tl.where(i == k, ptrs[k].to(tl.int64), address)
+    for first in tl.static_range(0, len(ptrs), 8):  # the host fills tuples up to a multiple of 8
+        if i // 8 == first // 8:
+            for k in tl.static_range(8):
+                address = tl.where(i == first + k, ptrs[first + k].to(tl.int64), address)
     return ptrs[0] + (address - anchor) // 16 * UNIT
 
 
@@ -605,7 +611,7 @@ def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr):
         tl.store(out_ptr + o_t, (w * multiplier).to(dtype), mask=o_t < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     tile_ptr, block_ptr, layer_ptr, vectors_ptr, float_ptr, address_ptr, weight_ptr, vector_ptr, gain_ptr, out_ptrs,
     saved_ptr, work_ptr, double_ptr, counter_ptr, n_tiles, n_programs, n_counters,
@@ -786,7 +792,7 @@ def _update(
             tl.store(d_ptr + o, total.to(dtype), mask=m, eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     tile_ptr, block_ptr, layer_ptr, address_ptr, weight_ptr, grad_ptrs, out_ptrs, saved_ptr, grad_gain_ptr, work_ptr,
     double_ptr, counter_ptr, n_tiles, n_programs, n_counters,

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workload", nargs="+", choices=WORKLOADS, metavar="NAME", default=[], help=text)
     text = f"of {', '.join(variants())} (default: sn bssn)"
     add("--variant", nargs="+", choices=variants(), metavar="NAME", default=["sn", "bssn"], help=text)
-    text = f"of {', '.join(backends.names())} (default: all that can run here)"
+    text = f"of {', '.join(backends.names())} (default: all for the CPU that can run here)"
     add("--backend", nargs="+", metavar="NAME", help=text)
     add("--dtype", choices=DTYPES, help="of the weights (default: float32, or as the model has them)")
     add("--threads", type=positive, metavar="N", help="for torch and for us (default: what torch takes)")
