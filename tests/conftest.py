@@ -2,10 +2,15 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
+
+try:
+    import hypothesis
+except ImportError:  # as on a machine with a GPU that only torch was made ready for
+    hypothesis = None
 
 # Before anything imports Triton, which reads it once: without a GPU its kernels run in its interpreter, on the CPU.
 if not torch.cuda.is_available():
@@ -13,9 +18,16 @@ if not torch.cuda.is_available():
 
 from bssn_kernels import backends
 
-# The same examples in every run: a test that fails here fails everywhere.
-hypothesis.settings.register_profile("bssn", derandomize=True, deadline=None, print_blob=True)
-hypothesis.settings.load_profile("bssn")
+NEED_HYPOTHESIS = [f.name for f in Path(__file__).parent.glob("test_*.py") if "import hypothesis" in f.read_text()]
+collect_ignore = [] if hypothesis else NEED_HYPOTHESIS
+if hypothesis:
+    # The same examples in every run: a test that fails here fails everywhere.
+    hypothesis.settings.register_profile("bssn", derandomize=True, deadline=None, print_blob=True)
+    hypothesis.settings.load_profile("bssn")
+
+
+def pytest_report_header() -> str:
+    return "" if hypothesis else f"hypothesis is not installed: left out {', '.join(NEED_HYPOTHESIS)}"
 
 
 @pytest.fixture(autouse=True, scope="session")

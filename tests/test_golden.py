@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from truth import relative
+from zoo import interpreted
 
 import bssn_kernels as bk
 from bssn_kernels import functional
@@ -70,6 +71,16 @@ def test_the_records_are_all_there():
                     assert relative(after, before) < 1e-6
     assert any(Records("miyato_sn", torch.float64).has(i, "gamma") for i in range(6))
     assert Records("authors_bssn", torch.float64).sides(0) == ["out", "in"]
+
+
+@pytest.fixture(autouse=True)
+def few_in_the_interpreter(request):
+    """Every file through the functional form, one of each kind through modules, in single precision."""
+    chosen = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if interpreted(chosen.get("backend", "")):
+        usual = chosen["dtype"] == torch.float32 and chosen.get("i", 0) == 0
+        if not usual or ("modules" in request.node.name and chosen.get("file", "authors_bssn") != "authors_bssn"):
+            pytest.skip("Triton's interpreter takes half a minute for each: some are checked")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])

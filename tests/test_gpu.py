@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 import torch.nn as nn
+from drafts import Layer, assert_same_bits, draft_of, run
 from nets import close, gradients, native, plain, state, twin
-from test_random_groups import Layer, assert_same_bits, draft_of, run
 
 import bssn_kernels as bk
 from bssn_kernels import functional

@@ -7,8 +7,8 @@ import importlib
 import pytest
 import torch
 import torch.nn as nn
+from drafts import Layer, assert_same_bits, draft_of, run
 from nets import close, images, native, same, state
-from test_random_groups import Layer, assert_same_bits, draft_of, run
 from zoo import Case, build, check, interpreted
 
 import bssn_kernels as bk

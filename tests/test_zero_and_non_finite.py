@@ -100,8 +100,12 @@ def test_a_bad_step_and_recovery(backend, kind, bad, dtype):
             assert all(map(torch.equal, during.vectors, layer.vectors))
             after = normalize(layer, layer.weight, during.vectors, backend)
             never = normalize(layer, layer.weight, layer.vectors, backend)
-            assert torch.equal(after.weights[0], never.weights[0]) and after.weights[0].isfinite().all()
-            assert all(map(torch.equal, after.vectors, never.vectors))
+            assert after.weights[0].isfinite().all()
+            for found, expected in zip((*after.weights, *after.vectors), (*never.weights, *never.vectors)):
+                if backend == "reference":  # torch's sums depend on where a vector stands in memory
+                    torch.testing.assert_close(found, expected)
+                else:
+                    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "transposed2d", "vector"])
