@@ -232,12 +232,8 @@ class GroupPlan:
         self.dtype, self.device = self.specs[0].dtype, self.specs[0].device
         self.accumulation_dtype = accumulation_dtype(self.dtype)
         self._identity = [(spec.shape, spec.stride) for spec in self.specs]
-        # What layers without stored vectors start from; made once, so that a backend sees the same memory each time.
-        self._ones = {
-            i: torch.ones(spec.shape[0] + 1, dtype=self.accumulation_dtype, device=self.device)
-            for i, spec in enumerate(self.specs)
-            if not spec.stores_vectors
-        }
+        self._stateless = [i for i, spec in enumerate(self.specs) if not spec.stores_vectors]
+        self._ones = {self.accumulation_dtype: self._make_ones(self.accumulation_dtype)}
 
     def matches(self, weights: Sequence[Tensor]) -> bool:
         """Whether the weights still have the shapes, strides, dtype and device that the tables were built for."""
@@ -249,27 +245,43 @@ class GroupPlan:
 
     def op_vectors(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The op's vectors: the stored ones, and ones for layers that keep none."""
-        if not self._ones:
+        if not self._stateless:
             return list(vectors)
-        given, result = iter(vectors), []
-        for i, spec in enumerate(self.specs):
+        dtype = vectors[0].dtype if vectors else self.accumulation_dtype
+        given, ones, result = iter(vectors), iter(self._ones_of(dtype)), []
+        for spec in self.specs:
             if spec.stores_vectors:
                 result += [next(given) for _ in range(2 * spec.directions)]
             else:
-                result += self._ones[i].split([spec.shape[0], 1])
+                result += next(ones).split([spec.shape[0], 1])
         return result
+
+    def _ones_of(self, dtype: torch.dtype) -> list[Tensor]:
+        """What layers without stored vectors start from, in the dtype of the others; made once, so that a backend sees
+        the same memory each time.
+        """
+        if dtype in self._ones:
+            return self._ones[dtype]
+        ones = self._make_ones(dtype)
+        if not torch.compiler.is_compiling():
+            self._ones[dtype] = ones
+        return ones
+
+    def _make_ones(self, dtype: torch.dtype) -> list[Tensor]:
+        sizes = [self.specs[i].shape[0] + 1 for i in self._stateless]
+        return [torch.ones(n, dtype=dtype, device=self.device) for n in sizes]
 
     def op_iterations(self, iterations: Sequence[int]) -> list[int]:
         """Iterations per layer; layers that keep no vectors always take their one exact step."""
         result = list(iterations)
-        for i in self._ones:
+        for i in self._stateless:
             result[i] = 1
         return result
 
     def vectors_of(self, saved: Tensor) -> list[Tensor]:
         """The new vectors, in the order and shapes in which they are stored (views of `saved`)."""
         vectors = self.layout.vectors(saved)
-        if not self._ones:
+        if not self._stateless:
             return vectors
         first = self.layout.first_vector
         return [

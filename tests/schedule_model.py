@@ -37,7 +37,7 @@ class Model:
         self.owner = np.full(max(schedule.workspace, 1), -1)
         self.covered = [np.zeros(layer["numel"], dtype=int) for layer in self.layers]
         self.vectors = np.zeros(saved_numel, dtype=int)
-        self.raw_of: dict[int, int] = {}
+        self.finished: set[int] = set()  # layers whose norms, and what comes of them, are known
 
     # -- what a tile does
 
@@ -83,6 +83,8 @@ class Model:
     def run(self, number: int) -> None:
         """Do a tile and count it."""
         tile = self.tiles[number]
+        if tile["kind"] in (s.SCALE, s.UPDATE, s.VECTORS):
+            assert tile["layer"] in self.finished, "a layer was scaled before its norms were known"
         if tile["kind"] in (s.INNER, s.OUTER):
             self.check_source(tile)
             for e in self.roles(tile["mask"]):
@@ -94,6 +96,10 @@ class Model:
                 e = part["begin"] + np.arange(part["count"])
                 at = e // part["divisor"] * part["high"] + e % part["divisor"] * part["low"]
                 np.add.at(self.vectors, part["saved"] + at, 1)
+                if not part["copy"]:
+                    makers = {int(block) for block in np.unique(self.owner[part["raw"] + e])}
+                    assert -1 not in makers and {self.blocks[block]["layer"] for block in makers} == {tile["layer"]}
+                    assert all(self.blocks[block]["final"] != part["start"] for block in makers)
         if tile["kind"] in (s.INNER, s.OUTER, s.DOT):
             self.arrive(tile["block"])
 
@@ -133,6 +139,8 @@ class Model:
         self.counters[block["then"]] += 1
         if block["then_target"] and self.counters[block["then"]] == block["then_target"]:
             self.counters[block["done"]] += 1
+            if block["final"]:
+                self.finished.add(block["layer"])
             if block["batch"] >= 0:
                 self.counters[block["batch"]] += 1
 
@@ -163,6 +171,21 @@ class Model:
             at = entries * layer[f"entry_stride{e}"] + i * layer["r"]
             places = slots[:, None, None] + folds[None, :, None] + at[None, None, :]
             yield raw + entries + i * layer["r"], layer[f"outer_partial{e}"] + places.ravel()
+
+    def doubles(self) -> list[tuple[int, int]]:
+        """Places of norm shares, results and dot products: first number and how many."""
+        found = []
+        for k, layer in enumerate(self.layers):
+            if layer["dot_count"]:
+                found.append((layer["dots"], 1 + layer["dot_count"]))
+                continue
+            for e in range(2):
+                if layer[f"exists{e}"]:
+                    found += [(layer[f"{n}_shares{e}"], layer[f"{n}_share_count{e}"]) for n in ("inner", "outer")]
+                    found.append((layer[f"results{e}"], 2 * len(s.RESULTS)))
+            used = {block["share"] for block in self.blocks if block["layer"] == k and block["kind"] == s.INNER}
+            assert not used or max(used) < layer["inner_share_count0" if layer["exists0"] else "inner_share_count1"]
+        return found
 
     # -- a launch
 

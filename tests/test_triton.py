@@ -133,9 +133,40 @@ class TestTables:
         self.call(plan, layer)
         assert made == []
 
+    @pytest.mark.parametrize("what", ["vectors", "gain"])
+    def test_the_same_memory_as_another_dtype(self, what):
+        """Where a tensor was freed and one of another dtype came in its place."""
+        layer = build(Case("linear", gain=True))
+        plan, gains = functional.make_plan([layer.spec], "triton"), [torch.full((1,), 0.7)]
+        vectors, memory = layer.vectors, [x.clone() for x in layer.vectors]
+
+        def call(vectors, gains) -> torch.Tensor:
+            return functional.spectral_normalize([layer.weight.detach()], vectors, plan, gains=gains).weights[0]
+
+        call(memory, gains)
+        if what == "gain":
+            other = gains[0].view(torch.bfloat16)[:1].fill_(0.7)
+            found, expected = call(memory, [other]), call([x.clone() for x in vectors], [torch.full((1,), 0.7)])
+        else:
+            halves = [x.view(torch.bfloat16)[: x.numel()] for x in memory]
+            for half, x in zip(halves, vectors):
+                half.copy_(x)
+            found, expected = call(halves, gains), call([x.float() for x in halves], gains)
+        torch.testing.assert_close(found, expected, rtol=5e-3, atol=0)
+
+    def test_vectors_of_half_precision_beside_a_weight_without(self, made):
+        """A module in bfloat16 with a 1-D weight, which starts from ones: nothing is cast or uploaded anew."""
+        weights = [torch.randn(5, 4).bfloat16(), torch.randn(6).bfloat16()]
+        plan = functional.plan_for(weights, backend="triton")
+        vectors = [torch.randn(n).bfloat16() for n in plan.sizes]
+        for _ in range(3):
+            functional.spectral_normalize(weights, vectors, plan)
+        assert made == ["ForwardSchedule", "addresses"]
+
     def test_few_are_kept(self, monkeypatch):
         """Whatever the mixtures of training and evaluation, and however often tensors move."""
         monkeypatch.setattr(_launch, "KEPT_LAUNCHES", 4)
+        monkeypatch.setattr(_launch, "KEPT_ADDRESSES", 3)
         weights = [torch.randn(2, 3) for _ in range(6)]
         plan = functional.plan_for(weights, backend="triton")
         vectors = [torch.randn(n) for n in plan.sizes]

@@ -72,13 +72,17 @@ def test_every_kind_is_compiled(compiled):
 
 
 def test_registers_and_shared_memory(kernels):
-    """No more than lets the configured number of programs reside, and nothing is spilled."""
+    """No more than lets the configured number of programs reside, and nothing is spilled: nothing at all by the Triton
+    that the settings were made with, by older ones nothing within a loop that passes over a weight.
+    """
     for k in modern(kernels):
         assert k["registers"] <= k["bound"], k["name"]
-        assert k["stack"] == 0, f"{k['name']}: {k['stack']} bytes on the stack"
-        spills = [i for i in instructions(k["sass"]) if i.name.split(".")[0] in ("LDL", "STL")]
-        assert not spills, f"{k['name']} spills: {spills[:3]}"
         assert k["shared"] <= 36 * 1024, k["name"]
+        passes = [b for b in innermost_loops(k["sass"]) if count(b, "LDGSTS", "128") or count(b, "LDG", "128")]
+        bodies = [instructions(k["sass"])] if _installed()[0] >= (3, 9) else passes
+        assert passes and (k["stack"] == 0 or _installed()[0] < (3, 9)), f"{k['name']}: {k['stack']} bytes of stack"
+        for body in bodies:
+            assert not count(body, "LDL") and not count(body, "STL"), f"{k['name']} spills"
 
 
 def test_products_copy_16_bytes_at_a_time(kernels):

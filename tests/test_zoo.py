@@ -112,7 +112,7 @@ def test_every_variant_under_every_semantics(backend, layer, dtype):
 
 
 @pytest.mark.parametrize("output_dtype", (torch.float32, *HALVES), ids=SHORT.get)
-@pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=SHORT.get)
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_output_dtype(backend, dtype, output_dtype):
     layers = ("linear", "conv2d_large", "transposed2d", "bilinear", "vector", "primes")
     cases = [

@@ -95,7 +95,8 @@ class ColumnBlock:
 
 
 class Geometry:
-    """One layer as tiles; depends on its table row and element size alone, and so does the order of its sums.
+    """One layer as tiles; depends on its table row and element size alone. So does the order of its sums, but for a
+    weight that does not stand at a multiple of 16 bytes, which kernels read number by number.
 
     Attributes:
         roles: by role, None where the layer has no such direction.

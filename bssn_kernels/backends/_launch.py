@@ -7,7 +7,7 @@ and never while a graph is captured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -17,7 +17,7 @@ from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule, S
 from bssn_kernels.backends._tables import ADDRESSES
 from bssn_kernels.plan import layer_rows
 
-KEPT_LAUNCHES, KEPT_ADDRESSES = 32, 8
+KEPT_LAUNCHES, KEPT_ADDRESSES = 32, 32
 COUNTER_STRIDE = 8  # int32 numbers: counters are 32 bytes apart
 SPARE_COUNTERS = 2
 WARM_UP = "run it once on the same tensors and in the same mode before torch.cuda.graph"
@@ -67,19 +67,22 @@ class Counters:
 
 counters_of = Counters()
 
+# What captured graphs read: tables, addresses and counters. A graph may outlive the plan and cannot say when it ends,
+# so they are kept for ever; a few hundred KB for each capture.
+captured: list[object] = []
+
 
 @dataclass
 class Launch:
     """A schedule with its tables on the device.
 
     Attributes:
-        spares: zeroed counters for graphs; each serves one captured launch for ever, and is kept by `taken`.
+        spares: zeroed counters for graphs; each serves one captured launch for ever.
     """
 
     schedule: Schedule
     tables: dict[str, Tensor]
     spares: list[Tensor]
-    taken: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def make(cls, schedule: Schedule, device: torch.device) -> Launch:
@@ -95,8 +98,9 @@ class Launch:
         n = self.schedule.n_counters * COUNTER_STRIDE
         if not capturing(stream):
             return counters_of.get(n, device, stream)
-        self.taken.append(self.spares.pop() if self.spares else torch.zeros(n, dtype=torch.int32, device=device))
-        return self.taken[-1]
+        own = self.spares.pop() if self.spares else torch.zeros(n, dtype=torch.int32, device=device)
+        captured.append(own)
+        return own
 
 
 @dataclass
@@ -117,7 +121,6 @@ class State:
         self.rows = layer_rows(table)
         self._launches: dict[tuple, Launch] = {}
         self._addresses: dict[tuple, Addresses] = {}
-        self._captured: list[object] = []
 
     @classmethod
     def of(cls, table: Tensor) -> State:
@@ -152,7 +155,7 @@ class State:
                 self._launches.pop(next(iter(self._launches)))
             found = self._launches[key] = Launch.make(make(), device)
         if now:
-            self._captured.append(found)
+            captured.append(found)
         return found
 
     def addresses(
@@ -164,17 +167,20 @@ class State:
         stream: torch.cuda.Stream | None,
     ) -> Tensor:
         """The address table of these tensors; a new one only where a tensor moved."""
-        key = kind, (*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, vectors), *map(Tensor.data_ptr, gains))
-        found, now = self._addresses.get(key), capturing(stream)
+        # Distances are in elements, so the same memory read as another dtype is another table.
+        dtypes = (*(x.dtype for x in vectors[:1]), *(x.dtype for x in gains[:1]))
+        places = (*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, vectors), *map(Tensor.data_ptr, gains))
+        key = kind, dtypes, places
+        found, now = self._addresses.pop(key, None), capturing(stream)
         if found is None:
             if now:
                 raise RuntimeError(f"weights, vectors or gains moved before the capture: {WARM_UP}")
             found = self._upload(self._distances(weights, vectors, gains), weights[0].device, stream)
             if len(self._addresses) >= KEPT_ADDRESSES:
                 self._addresses.pop(next(iter(self._addresses)))
-            self._addresses[key] = found
+        self._addresses[key] = found  # the last one used goes last
         if now:
-            self._captured.append(found)
+            captured.append(found)
         elif stream is not None and found.stream != stream:
             stream.wait_event(found.uploaded)
             found.table.record_stream(stream)

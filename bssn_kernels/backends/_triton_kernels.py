@@ -592,6 +592,15 @@ def _write_vectors(tp, vectors_ptr, address_ptr, vector_ptr, saved_ptr, work_ptr
 
 
 @triton.jit
+def _cast(x, dtype: tl.constexpr):
+    """By way of float32 where devices go it too, from float64 to bfloat16; the interpreter knows no other."""
+    if x.dtype == tl.float64 and dtype == tl.bfloat16:
+        return x.to(tl.float32).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr):
     """W_bar = m W, flat. Both are done with: what L2 should keep is what comes next."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -604,11 +613,11 @@ def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr):
     for i in range(0, whole, BLOCK):
         m = i + o < whole
         w = tl.load(w_ptr + i + o, mask=m, other=0.0, eviction_policy="evict_first").to(accum)
-        tl.store(out_ptr + i + o, (w * multiplier).to(dtype), mask=m, eviction_policy="evict_first")
+        tl.store(out_ptr + i + o, _cast(w * multiplier, dtype), mask=m, eviction_policy="evict_first")
     if whole < n:
         o_t = whole + tl.arange(0, 8)
         w = tl.load(w_ptr + o_t, mask=o_t < n, other=0.0).to(accum)
-        tl.store(out_ptr + o_t, (w * multiplier).to(dtype), mask=o_t < n)
+        tl.store(out_ptr + o_t, _cast(w * multiplier, dtype), mask=o_t < n)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -23,7 +23,7 @@ from bssn_kernels.plan import FLOATS, LayerSpec, accumulation_dtype
 
 OLDEST = (3, 3)  # the first Triton that takes a tuple of tensors as an argument
 OLDEST_DEVICE = (7, 5)
-LONGEST_ROW = 1 << 27  # elements: places within a tile are 32-bit numbers, and a tile holds ROWS rows
+LONGEST_ROW = 1 << 23  # elements: places within a tile, of up to 128 rows, are 32-bit numbers
 TUPLE = 8  # tuples of tensors have a multiple of this length, so that groups of like size share a kernel
 
 
@@ -46,9 +46,9 @@ class Config:
 
 
 # By (two directions, something more to do: vectors of another dtype, or the gradient through the iteration). The
-# smallest bound under which the kernel of sm_80, sm_90 and sm_100 spills nothing, 65,536 registers an SM shared among
-# programs of 128 threads. The third stage costs one direction no register, two directions 8 too many. What compiles is
-# checked by tests/test_triton_compiled.py; nothing here was timed on a device yet.
+# smallest bound under which Triton 3.9 spills nothing on sm_80, sm_90 and sm_100 (3.6 spills a few numbers per tile,
+# none in a loop), 65,536 registers an SM shared among programs of 128 threads. The third stage costs one direction no
+# register, two directions 8 too many. tests/test_triton_compiled.py checks it; nothing was timed on a device yet.
 AMPERE = {
     (False, False): Config(registers=128, programs=4, stages=3),
     (True, False): Config(registers=168, programs=3, stages=2),
@@ -65,7 +65,7 @@ def config_of(capability: tuple[int, int], general: bool, more: bool) -> Config:
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 INTERPRETED_PROGRAMS = 2  # the interpreter runs one program after the other
