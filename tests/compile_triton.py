@@ -43,7 +43,7 @@ def signature(kernel, dtype: str, flags: dict[str, bool]) -> dict:
 
 
 def compile_one(kernel, dtype: str, capability: int, general: bool, more: bool):
-    config = config_of(divmod(capability, 10), general, more)
+    config = config_of(divmod(capability, 10), general, more, BYTES[dtype])
     flags = {"GENERAL": general, "MIXED" if kernel is kernels.forward_kernel else "THROUGH": more}
     shape = {"ROWS": ROWS, "COLS": COLS[BYTES[dtype]], "STAGES": config.stages, "BLOCK": config.block}
     types = signature(kernel, dtype, flags)

@@ -58,9 +58,9 @@ AMPERE = {
 TURING = {key: replace(config, stages=1) for key, config in AMPERE.items()}  # no cp.async
 
 
-def config_of(capability: tuple[int, int], general: bool, more: bool) -> Config:
-    """Launch settings for a compute capability and a kind of kernel."""
-    return (AMPERE if capability >= (8, 0) else TURING)[general, more]
+def config_of(capability: tuple[int, int], general: bool, more: bool, itemsize: int) -> Config:
+    """Launch settings for a compute capability and a kind of kernel; float64 takes the registers of two directions."""
+    return (AMPERE if capability >= (8, 0) else TURING)[general or itemsize == 8, more]
 
 
 def interpreting() -> bool:
@@ -242,7 +242,7 @@ def _run(
         programs, config = INTERPRETED_PROGRAMS, AMPERE[kind]
     else:
         processors, capability = _device(device)
-        config = config_of(capability, *kind)
+        config = config_of(capability, *kind, schedule.itemsize)
         programs = min(processors * config.programs, len(schedule.tiles))
     work = torch.empty(max(schedule.workspace, 16), dtype=accum, device=device)
     doubles = torch.empty(max(schedule.doubles, 16), dtype=torch.float64, device=device)
