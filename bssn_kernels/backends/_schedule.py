@@ -95,10 +95,10 @@ class Schedule:
         self.n_counters = next(self.counter)
         self.workspace, self.doubles = self.arena.numel, self._doubles.numel
 
-    def _layer(self, k: int, index: int, row: LayerRow) -> dict[str, int]:
+    def _layer(self, k: int, row: LayerRow) -> dict[str, int]:
         """The fields that do not depend on what is computed."""
         geometry = self.geometries[k]
-        fields = {"index": index, "p": row.p, "l": geometry.L, "r": geometry.R, "numel": geometry.numel}
+        fields = {"p": row.p, "l": geometry.L, "r": geometry.R, "numel": geometry.numel}
         fields |= {"aligned": geometry.aligned, "scalars": row.scalar_offset, "has_gain": row.has_gain}
         fields |= {"norm_adds": row.norm_adds, "through": row.through}
         for e, role in enumerate(geometry.roles):
@@ -202,7 +202,7 @@ class ForwardSchedule(Schedule):
 
     def _work(self, k: int, row: LayerRow, iterations: int) -> Work:
         work = Work(k, self.geometries[k])
-        fields = self._layer(k, k, row)
+        fields = self._layer(k, row)
         fields["iterated"] = iterations > 0
         self._reserve(work, fields, iterations)
         done, last = NO_WAIT, None
@@ -375,12 +375,12 @@ class BackwardSchedule(Schedule):
     def __init__(self, rows: Sequence[LayerRow], layers: Sequence[int], itemsize: int) -> None:
         own = [rows[i] for i in layers]
         super().__init__(own, itemsize)
-        works = [self._work(k, i, rows[i]) for k, i in enumerate(layers)]
+        works = [self._work(k, row) for k, row in enumerate(own)]
         self._seal(works, own)
 
-    def _work(self, k: int, index: int, row: LayerRow) -> Work:
+    def _work(self, k: int, row: LayerRow) -> Work:
         geometry = self.geometries[k]
-        work, fields = Work(k, geometry), self._layer(k, index, row)
+        work, fields = Work(k, geometry), self._layer(k, row)
         flat = -(-geometry.numel // geometry.flat_tile)
         fields |= {"dots": self._doubles.take(flat + 1), "dot_count": flat}
         inner, outer = geometry.masks if row.through else (0, 0)

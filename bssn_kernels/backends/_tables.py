@@ -25,7 +25,7 @@ BLOCK_FIELDS = (
     *("start0", "count0", "segments", "start1", "count1", "share", "final", "dot"),
 )
 LAYER_FIELDS = (
-    *("index", "p", "l", "r", "numel", "aligned", "scalars", "has_gain", "norm_adds", "through", "iterated"),
+    *("p", "l", "r", "numel", "aligned", "scalars", "has_gain", "norm_adds", "through", "iterated"),
     *("dots", "dot_count"),
 )
 ROLE_FIELDS = (

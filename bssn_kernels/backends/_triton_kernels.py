@@ -49,7 +49,7 @@ COUNTER = tl.constexpr(8)  # counters are 32 bytes apart, or those who poll one 
 
 T_KIND, T_LAYER, T_ROW0, T_ROWS, T_COL0 = _at(names.TILE_FIELDS, "kind", "layer", "row0", "rows", "col0")
 T_CHUNKS, T_STEP, T_WIDTH, T_END = _at(names.TILE_FIELDS, "chunks", "step", "width", "end")
-T_SLOT0, T_SLOT1, T_BLOCK = _at(names.TILE_FIELDS, "slot0", "slot1", "block")
+T_SLOT0, T_BLOCK = _at(names.TILE_FIELDS, "slot0", "block")  # slot1 follows slot0
 T_WAIT, T_WAIT_TARGET, T_MASK, T_SOURCE = _at(names.TILE_FIELDS, "wait", "wait_target", "mask", "source")
 
 B_KIND, B_COUNTER, B_ARRIVALS, B_THEN = _at(names.BLOCK_FIELDS, "kind", "counter", "arrivals", "then")
@@ -58,7 +58,7 @@ B_MASK, B_PARITY, B_SHARE, B_FINAL, B_DOT = _at(names.BLOCK_FIELDS, "mask", "par
 B_START0, B_COUNT0, B_SEGMENTS = _at(names.BLOCK_FIELDS, "start0", "count0", "segments")
 B_START1, B_COUNT1 = _at(names.BLOCK_FIELDS, "start1", "count1")
 
-L_INDEX, L_P, L_L, L_R, L_NUMEL, L_ALIGNED = _at(names.LAYER_FIELDS, "index", "p", "l", "r", "numel", "aligned")
+L_L, L_R, L_ALIGNED = _at(names.LAYER_FIELDS, "l", "r", "aligned")
 L_SCALARS, L_HAS_GAIN, L_NORM_ADDS = _at(names.LAYER_FIELDS, "scalars", "has_gain", "norm_adds")
 L_THROUGH, L_ITERATED = _at(names.LAYER_FIELDS, "through", "iterated")
 L_DOTS, L_DOT_COUNT = _at(names.LAYER_FIELDS, "dots", "dot_count")
