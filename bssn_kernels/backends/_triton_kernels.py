@@ -164,36 +164,28 @@ def _scale_of(rp, source, double_ptr, accum: tl.constexpr):
 
 
 @triton.jit
-def _spread_of(rp, ap, e, source, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED: tl.constexpr):
-    """Where the spread of role e begins: pointer, pointer if stored in another dtype, strides of q and r."""
-    raw = (source >= RAW) & (source < SAVED)
-    stride_q = tl.where(raw, tl.load(rp + R_RAW_XQ), tl.load(rp + R_STORED_XQ))
-    stride_r = tl.where(raw, tl.load(rp + R_RAW_XR), tl.load(rp + R_STORED_XR))
-    begin = q0 * stride_q + r0 * stride_r
-    stored_ptr = vector_ptr + tl.load(ap + A_SPREAD + 2 * e) + begin
-    ptr = saved_ptr + tl.load(rp + R_SAVED_SPREAD) + begin
-    if raw:
-        odd = (source - RAW) % 2
-        ptr = work_ptr + tl.where(odd != 0, tl.load(rp + R_SPREAD_ODD), tl.load(rp + R_SPREAD)) + begin
-    if not MIXED:
-        if source == STORED:
-            ptr = stored_ptr
-    return ptr, stored_ptr, stride_q, stride_r
+def _source_of(rp, ap, e, source, inner, p0, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED: tl.constexpr):
+    """Where the vector begins that a product reads: the spread of role e for an inner one, else the slab.
 
-
-@triton.jit
-def _slab_of(rp, ap, e, source, p0, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED: tl.constexpr):
-    """The same for the slab, with strides of p, q and r."""
+    Returns pointer, pointer if stored in another dtype, strides of p, q and r.
+    """
     raw = (source >= RAW) & (source < SAVED)
-    stride_p = tl.where(raw, tl.load(rp + R_RAW_YP), tl.load(rp + R_STORED_YP))
-    stride_q = tl.where(raw, tl.load(rp + R_RAW_YQ), tl.load(rp + R_STORED_YQ))
-    stride_r = tl.where(raw, tl.load(rp + R_RAW_YR), tl.load(rp + R_STORED_YR))
+    if inner:
+        stride_p = q0 * 0
+        stride_q = tl.where(raw, tl.load(rp + R_RAW_XQ), tl.load(rp + R_STORED_XQ))
+        stride_r = tl.where(raw, tl.load(rp + R_RAW_XR), tl.load(rp + R_STORED_XR))
+        stored_at, saved_at = tl.load(ap + A_SPREAD + 2 * e), tl.load(rp + R_SAVED_SPREAD)
+        even_at, odd_at = tl.load(rp + R_SPREAD), tl.load(rp + R_SPREAD_ODD)
+    else:
+        stride_p = tl.where(raw, tl.load(rp + R_RAW_YP), tl.load(rp + R_STORED_YP))
+        stride_q = tl.where(raw, tl.load(rp + R_RAW_YQ), tl.load(rp + R_STORED_YQ))
+        stride_r = tl.where(raw, tl.load(rp + R_RAW_YR), tl.load(rp + R_STORED_YR))
+        stored_at, saved_at = tl.load(ap + A_SLAB + 2 * e), tl.load(rp + R_SAVED_SLAB)
+        even_at, odd_at = tl.load(rp + R_SLAB), tl.load(rp + R_SLAB_ODD)
     begin = p0 * stride_p + q0 * stride_q + r0 * stride_r
-    stored_ptr = vector_ptr + tl.load(ap + A_SLAB + 2 * e) + begin
-    ptr = saved_ptr + tl.load(rp + R_SAVED_SLAB) + begin
+    stored_ptr, ptr = vector_ptr + stored_at + begin, saved_ptr + saved_at + begin
     if raw:
-        odd = (source - RAW) % 2
-        ptr = work_ptr + tl.where(odd != 0, tl.load(rp + R_SLAB_ODD), tl.load(rp + R_SLAB)) + begin
+        ptr = work_ptr + tl.where((source - RAW) % 2 != 0, odd_at, even_at) + begin
     if not MIXED:
         if source == STORED:
             ptr = stored_ptr
@@ -201,21 +193,33 @@ def _slab_of(rp, ap, e, source, p0, q0, r0, vector_ptr, saved_ptr, work_ptr, MIX
 
 
 @triton.jit
-def _inner(
-    tp, lp, ap, e, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, NARROW: tl.constexpr,
-    WIDE: tl.constexpr, MIXED: tl.constexpr,
-):  # fmt: skip
-    """Partial slab of a tile: for each of its rows and classes the sum of W * spread over its columns.
+def _place(tp, lp):
+    """Where a tile is: first row, rows, first column, chunks of columns, their distance and width, end; L and R."""
+    row0, rows, col0 = tl.load(tp + T_ROW0).to(tl.int64), tl.load(tp + T_ROWS), tl.load(tp + T_COL0)
+    chunks, step = tl.load(tp + T_CHUNKS), tl.load(tp + T_STEP)
+    width, end = tl.load(tp + T_WIDTH), tl.load(tp + T_END)
+    return row0, rows, col0, chunks, step, width, end, tl.load(lp + L_L).to(tl.int32), tl.load(lp + L_R).to(tl.int32)
 
-    NARROW: of role 0. WIDE: of role e, whose slab may have classes within a chunk.
-    """
+
+@triton.jit
+def _in_units(place, UNIT: tl.constexpr):
+    """The same, with columns as multiples of UNIT, and with the columns that are left instead of the end."""
+    row0, rows, col0, chunks, step, width, end, L, R = place
+    col0 = col0 // UNIT * UNIT
+    left = (end - col0) // UNIT * UNIT
+    return row0, rows, col0, chunks, step // UNIT * UNIT, width // UNIT * UNIT, left, L // UNIT * UNIT, R
+
+
+@triton.jit
+def _inner(
+    place, tp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, GENERAL: tl.constexpr,
+    MIXED: tl.constexpr,
+):  # fmt: skip
+    """Partial slab of a tile: for each of its rows and classes the sum of W * spread over its columns."""
     accum: tl.constexpr = work_ptr.dtype.element_ty
-    row0, rows = tl.load(tp + T_ROW0).to(tl.int64), tl.load(tp + T_ROWS)
-    col0, step = tl.load(tp + T_COL0) // UNIT * UNIT, tl.load(tp + T_STEP) // UNIT * UNIT
-    width, left = tl.load(tp + T_WIDTH) // UNIT * UNIT, (tl.load(tp + T_END) - col0) // UNIT * UNIT
-    chunks, mask, source = tl.load(tp + T_CHUNKS), tl.load(tp + T_MASK), tl.load(tp + T_SOURCE)
-    L, R = tl.load(lp + L_L).to(tl.int32) // UNIT * UNIT, tl.load(lp + L_R).to(tl.int32)
+    row0, rows, col0, chunks, step, width, left, L, R = _in_units(place, UNIT)
+    mask, source = tl.load(tp + T_MASK), tl.load(tp + T_SOURCE)
     L64 = L.to(tl.int64)
     q0, r0 = (col0 // R).to(tl.int64), (col0 % R).to(tl.int64)
     step_q, step_r = step // R, step % R
@@ -223,15 +227,18 @@ def _inner(
     stored = source == STORED
     w_ptr += row0 * L64 + col0
 
-    if NARROW:
-        rp, on = lp + ROLES_AT, (mask & 1) != 0
-        x_ptr, x_stored, xq, xr = _spread_of(rp, ap, 0, source, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED)
-        x_step = (step_q * xq + step_r * xr).to(tl.int32)
-        o_x = (o_c // R) * xq.to(tl.int32) + (o_c % R) * xr.to(tl.int32)
-        scale = _scale_of(rp, source, double_ptr, accum)
-    if WIDE:
-        rp1, on1 = lp + ROLES_AT + e * ROLE_WIDTH, (mask >> e & 1) != 0
-        x1_ptr, x1_stored, x1q, x1r = _spread_of(rp1, ap, e, source, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED)
+    rp, on = lp + ROLES_AT, (mask & 1) != 0
+    x_ptr, x_stored, _, xq, xr = _source_of(
+        rp, ap, 0, source, True, row0, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED
+    )
+    x_step = (step_q * xq + step_r * xr).to(tl.int32)
+    o_x = (o_c // R) * xq.to(tl.int32) + (o_c % R) * xr.to(tl.int32)
+    scale = _scale_of(rp, source, double_ptr, accum)
+    if GENERAL:
+        rp1, on1 = lp + ROLES_AT + ROLE_WIDTH, (mask & 2) != 0
+        x1_ptr, x1_stored, _, x1q, x1r = _source_of(
+            rp1, ap, 1, source, True, row0, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED
+        )
         x1_step = (step_q * x1q + step_r * x1r).to(tl.int32)
         o_x1 = (o_c // R) * x1q.to(tl.int32) + (o_c % R) * x1r.to(tl.int32)
         scale1 = _scale_of(rp1, source, double_ptr, accum)
@@ -246,46 +253,46 @@ def _inner(
                 w_ptr + i_r * L64 + i * step + (o_r[:, None] * L + o_c[None, :]),
                 mask=m_r[:, None] & m_c[None, :], other=0.0,
             ).to(accum)  # fmt: skip
-            if NARROW:
-                x = _load_vector(x_ptr + i * x_step, x_stored + i * x_step, o_x, _only(m_c, on), stored, MIXED)
-                sums += w * (x * scale)[None, :]
-            if WIDE:
+            x = _load_vector(x_ptr + i * x_step, x_stored + i * x_step, o_x, _only(m_c, on), stored, MIXED)
+            sums += w * (x * scale)[None, :]
+            if GENERAL:
                 x1 = _load_vector(x1_ptr + i * x1_step, x1_stored + i * x1_step, o_x1, _only(m_c, on1), stored, MIXED)
                 sums1 += w * (x1 * scale1)[None, :]
-        if NARROW:
-            if on:
-                out_stride = tl.load(rp + R_RAW_YP).to(tl.int32)
-                out_ptr = work_ptr + tl.load(rp + R_INNER_PARTIAL) + tl.load(tp + T_SLOT0) * tl.load(rp + R_SLAB_SIZE)
-                out_ptr += row0 * out_stride + q0 * tl.load(rp + R_RAW_YQ)
-                tl.store(out_ptr + (i_r + o_r) * out_stride, tl.sum(sums, axis=1), mask=m_r)
-        if WIDE:
+        if on:
+            _store_slab(0, tp, rp, row0, i_r, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, False)
+        if GENERAL:
             if on1:
-                out1_stride, modulus = tl.load(rp1 + R_RAW_YP).to(tl.int32), tl.load(rp1 + R_MODULUS).to(tl.int32)
-                out1_ptr = work_ptr + tl.load(rp1 + R_INNER_PARTIAL)
-                out1_ptr += tl.load(tp + T_SLOT0 + e) * tl.load(rp1 + R_SLAB_SIZE) + row0 * out1_stride
-                out1_ptr += q0 * tl.load(rp1 + R_RAW_YQ) + r0 * tl.load(rp1 + R_RAW_YR)
-                if modulus == 0:
-                    m = m_r[:, None] & (o_c < width)[None, :]
-                    tl.store(out1_ptr + (i_r + o_r)[:, None] * out1_stride + o_c[None, :], sums1, mask=m)
-                else:
-                    for c in range(0, modulus):
-                        of_class = tl.sum(tl.where((o_c % modulus == c)[None, :], sums1, 0.0), axis=1)
-                        tl.store(out1_ptr + (i_r + o_r) * out1_stride + c, of_class, mask=m_r)
+                _store_slab(1, tp, rp1, row0, i_r, o_r, q0, r0, width, sums1, m_r, o_c, work_ptr, True)
+
+
+@triton.jit
+def _store_slab(e, tp, rp, row0, i_r, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, CLASSES: tl.constexpr):
+    """Partial sums of some rows of an inner tile, each over its columns; CLASSES: separately for each class."""
+    stride = tl.load(rp + R_RAW_YP).to(tl.int32)
+    ptr = work_ptr + tl.load(rp + R_INNER_PARTIAL) + tl.load(tp + T_SLOT0 + e) * tl.load(rp + R_SLAB_SIZE)
+    ptr += row0 * stride + q0 * tl.load(rp + R_RAW_YQ) + r0 * tl.load(rp + R_RAW_YR)
+    if CLASSES:
+        modulus = tl.load(rp + R_MODULUS).to(tl.int32)
+        if modulus == 0:
+            m = m_r[:, None] & (o_c < width)[None, :]
+            tl.store(ptr + (i_r + o_r)[:, None] * stride + o_c[None, :], sums, mask=m)
+        for c in range(0, modulus):
+            of_class = tl.sum(tl.where((o_c % modulus == c)[None, :], sums, 0.0), axis=1)
+            tl.store(ptr + (i_r + o_r) * stride + c, of_class, mask=m_r)
+    else:
+        tl.store(ptr + (i_r + o_r) * stride, tl.sum(sums, axis=1), mask=m_r)
 
 
 @triton.jit
 def _outer(
-    tp, lp, ap, e, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, NARROW: tl.constexpr,
-    WIDE: tl.constexpr, MIXED: tl.constexpr,
+    place, tp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, GENERAL: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
     """Partial spread of a tile: for each of its columns the sum of W * slab over its rows."""
     accum: tl.constexpr = work_ptr.dtype.element_ty
-    row0, rows = tl.load(tp + T_ROW0).to(tl.int64), tl.load(tp + T_ROWS)
-    col0, step = tl.load(tp + T_COL0) // UNIT * UNIT, tl.load(tp + T_STEP) // UNIT * UNIT
-    width, left = tl.load(tp + T_WIDTH) // UNIT * UNIT, (tl.load(tp + T_END) - col0) // UNIT * UNIT
-    chunks, mask, source = tl.load(tp + T_CHUNKS), tl.load(tp + T_MASK), tl.load(tp + T_SOURCE)
-    L, R = tl.load(lp + L_L).to(tl.int32) // UNIT * UNIT, tl.load(lp + L_R).to(tl.int32)
+    row0, rows, col0, chunks, step, width, left, L, R = _in_units(place, UNIT)
+    mask, source = tl.load(tp + T_MASK), tl.load(tp + T_SOURCE)
     L64 = L.to(tl.int64)
     q0, r0 = (col0 // R).to(tl.int64), (col0 % R).to(tl.int64)
     step_q, step_r = step // R, step % R
@@ -293,15 +300,16 @@ def _outer(
     stored = source == STORED
     w_ptr += row0 * L64 + col0
 
-    if NARROW:
-        rp, on = lp + ROLES_AT, (mask & 1) != 0
-        y_ptr, y_stored, yp, yq, yr = _slab_of(rp, ap, 0, source, row0, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED)
-        y_step, y_row = (step_q * yq + step_r * yr).to(tl.int32), yp.to(tl.int32)
-        scale = _scale_of(rp, source, double_ptr, accum)
-    if WIDE:
-        rp1, on1 = lp + ROLES_AT + e * ROLE_WIDTH, (mask >> e & 1) != 0
-        y1_ptr, y1_stored, y1p, y1q, y1r = _slab_of(
-            rp1, ap, e, source, row0, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED
+    rp, on = lp + ROLES_AT, (mask & 1) != 0
+    y_ptr, y_stored, yp, yq, yr = _source_of(
+        rp, ap, 0, source, False, row0, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED
+    )
+    y_step, y_row = (step_q * yq + step_r * yr).to(tl.int32), yp.to(tl.int32)
+    scale = _scale_of(rp, source, double_ptr, accum)
+    if GENERAL:
+        rp1, on1 = lp + ROLES_AT + ROLE_WIDTH, (mask & 2) != 0
+        y1_ptr, y1_stored, y1p, y1q, y1r = _source_of(
+            rp1, ap, 1, source, False, row0, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED
         )
         y1_step, y1_row = (step_q * y1q + step_r * y1r).to(tl.int32), y1p.to(tl.int32)
         o_y1 = (o_c // R) * y1q.to(tl.int32) + (o_c % R) * y1r.to(tl.int32)
@@ -315,24 +323,63 @@ def _outer(
             m_r = i_r + o_r < rows
             m = m_r[:, None] & m_c[None, :]
             w = tl.load(w_ptr + i_r * L64 + i * step + (o_r[:, None] * L + o_c[None, :]), mask=m, other=0.0).to(accum)
-            if NARROW:
-                at = i * y_step
-                y = _load_vector(y_ptr + at, y_stored + at, (i_r + o_r) * y_row, _only(m_r, on), stored, MIXED)
-                sums += w * (y * scale)[:, None]
-            if WIDE:
+            at = i * y_step
+            y = _load_vector(y_ptr + at, y_stored + at, (i_r + o_r) * y_row, _only(m_r, on), stored, MIXED)
+            sums += w * (y * scale)[:, None]
+            if GENERAL:
                 if on1:  # a branch keeps these loads, which hit L1, out of the pipeline: it would take registers
                     at1, o_y = i * y1_step, (i_r + o_r)[:, None] * y1_row + o_y1[None, :]
                     y1 = _load_vector(y1_ptr + at1, y1_stored + at1, o_y, m, stored, MIXED)
                     sums1 += w * (y1 * scale1)
-        out = col0 + i * step + o_c
-        if NARROW:
-            if on:
-                out_ptr = work_ptr + tl.load(rp + R_OUTER_PARTIAL) + tl.load(tp + T_SLOT0) * L64
-                tl.store(out_ptr + out, tl.sum(sums, axis=0), mask=m_c)
-        if WIDE:
+        if on:
+            _store_spread(0, tp, rp, L64, col0 + i * step + o_c, sums, m_c, work_ptr)
+        if GENERAL:
             if on1:
-                out1_ptr = work_ptr + tl.load(rp1 + R_OUTER_PARTIAL) + tl.load(tp + T_SLOT0 + e) * L64
-                tl.store(out1_ptr + out, tl.sum(sums1, axis=0), mask=m_c)
+                _store_spread(1, tp, rp1, L64, col0 + i * step + o_c, sums1, m_c, work_ptr)
+
+
+@triton.jit
+def _store_spread(e, tp, rp, L, o, sums, m_c, work_ptr):
+    """Partial sums of a chunk of an outer tile, one per column."""
+    ptr = work_ptr + tl.load(rp + R_OUTER_PARTIAL) + tl.load(tp + T_SLOT0 + e) * L
+    tl.store(ptr + o, tl.sum(sums, axis=0), mask=m_c)
+
+
+@triton.jit
+def _unaligned(
+    kind, e, place, tp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, GENERAL: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Either product for one role, reading number by number."""
+    accum: tl.constexpr = work_ptr.dtype.element_ty
+    row0, rows, col0, chunks, step, width, left, L, R = _in_units(place, 1)
+    source, inner = tl.load(tp + T_SOURCE), kind == INNER
+    L64, rp = L.to(tl.int64), lp + ROLES_AT + e * ROLE_WIDTH
+    q0, r0 = (col0 // R).to(tl.int64), (col0 % R).to(tl.int64)
+    o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLS)
+    w_ptr += row0 * L64 + col0
+    y_ptr, y_stored, yp, yq, yr = _source_of(
+        rp, ap, e, source, inner, row0, q0, r0, vector_ptr, saved_ptr, work_ptr, MIXED
+    )
+    y_step = ((step // R) * yq + (step % R) * yr).to(tl.int32)
+    o_y = (o_c // R) * yq.to(tl.int32) + (o_c % R) * yr.to(tl.int32)
+    scale = _scale_of(rp, source, double_ptr, accum)
+    row_blocks = tl.cdiv(rows, ROWS)
+    for a in range(0, tl.where(inner, row_blocks, chunks)):  # inner: rows outside, chunks inside; else the other way
+        sums = tl.zeros([ROWS, COLS], dtype=accum)
+        for b in range(0, tl.where(inner, chunks, row_blocks)):
+            i_r, i = tl.where(inner, a, b) * ROWS, tl.where(inner, b, a)
+            m = (i_r + o_r < rows)[:, None] & ((o_c < width) & (o_c < left - i * step))[None, :]
+            w = tl.load(w_ptr + i_r * L64 + i * step + (o_r[:, None] * L + o_c[None, :]), mask=m, other=0.0).to(accum)
+            o = (i_r + o_r)[:, None] * yp.to(tl.int32) + o_y[None, :]
+            y = _load_vector(y_ptr + i * y_step, y_stored + i * y_step, o, m, source == STORED, MIXED)
+            sums += w * (y * scale)
+        if inner:
+            m_r = a * ROWS + o_r < rows
+            _store_slab(e, tp, rp, row0, a * ROWS, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, GENERAL)
+        else:
+            m_c = (o_c < width) & (o_c < left - a * step)
+            _store_spread(e, tp, rp, L64, col0 + a * step + o_c, sums, m_c, work_ptr)
 
 
 @triton.jit
@@ -344,31 +391,26 @@ def _product(
     reads them number by number, one direction after the other.
     """
     UNIT: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    place = _place(tp, lp)
     if (distance % UNIT == 0) & (tl.load(lp + L_ALIGNED) != 0):
         w_ptr = weight_ptr + distance // UNIT * UNIT
         if kind == INNER:
             _inner(
-                tp, lp, ap, 1, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
-                UNIT, ROWS, COLS, STAGES, True, GENERAL, MIXED,
+                place, tp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
+                UNIT, ROWS, COLS, STAGES, GENERAL, MIXED,
             )  # fmt: skip
         else:
             _outer(
-                tp, lp, ap, 1, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
-                UNIT, ROWS, COLS, STAGES, True, GENERAL, MIXED,
+                place, tp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
+                UNIT, ROWS, COLS, STAGES, GENERAL, MIXED,
             )  # fmt: skip
     else:
-        for e in range(0, 2):
+        for e in range(0, 1 + GENERAL):
             if (tl.load(tp + T_MASK) >> e & 1) != 0:
-                if kind == INNER:
-                    _inner(
-                        tp, lp, ap, e, weight_ptr + distance, vector_ptr, saved_ptr, work_ptr, double_ptr,
-                        1, ROWS // 4, COLS, 1, not GENERAL, GENERAL, MIXED,
-                    )  # fmt: skip
-                else:
-                    _outer(
-                        tp, lp, ap, e, weight_ptr + distance, vector_ptr, saved_ptr, work_ptr, double_ptr,
-                        1, ROWS // 4, COLS, 1, not GENERAL, GENERAL, MIXED,
-                    )  # fmt: skip
+                _unaligned(
+                    kind, e, place, tp, lp, ap, weight_ptr + distance, vector_ptr, saved_ptr, work_ptr, double_ptr,
+                    ROWS // 4, COLS, GENERAL, MIXED,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -700,24 +742,27 @@ def _rank_spread(
     if THROUGH:
         start, residual = tl.load(scalars_ptr + S_START_OUT + d), tl.load(scalars_ptr + S_RESIDUAL_OUT + d)
         goes = _only(m_c, counts & (start != 0.0))
-        if tl.load(rp + R_INNER_FIRST) != 0:  # it started from the spread
-            other = tl.load(saved_ptr + tl.load(rp + R_SAVED_START) + o_x, mask=goes, other=0.0)
-        else:
-            rq, rr = tl.load(rp + R_RAW_XQ), tl.load(rp + R_RAW_XR)
-            o_z = q * rq + r * rr + (o_c // R) * rq + (o_c % R) * rr
-            raw = tl.load(work_ptr + tl.load(rp + R_SPREAD) + o_z, mask=goes, other=0.0)
-            other = tl.where(goes, raw - residual * x, 0.0)
-        other *= factor * start
+        from_spread = tl.load(rp + R_INNER_FIRST) != 0  # it started from the spread, else r is one
+        ptr = work_ptr + tl.load(rp + R_SPREAD)
+        if from_spread:
+            ptr = saved_ptr + tl.load(rp + R_SAVED_START)
+        rq, rr = tl.where(from_spread, xq, tl.load(rp + R_RAW_XQ)), tl.where(from_spread, xr, tl.load(rp + R_RAW_XR))
+        other = tl.load(ptr + q * rq + r * rr + (o_c // R) * rq + (o_c % R) * rr, mask=goes, other=0.0)
+        other = tl.where(goes, (other - tl.where(from_spread, 0.0, residual) * x) * (factor * start), 0.0)
     return factor * x, other
 
 
 @triton.jit
-def _slab_places(rp, p, q, r, R, o_r, o_c, RAW_ORDER: tl.constexpr, WIDE: tl.constexpr):
-    """Where the slab of a block of numbers stands: its first number, stride of rows, place of each from the first."""
-    if RAW_ORDER:
-        yp, yq, yr = tl.load(rp + R_RAW_YP), tl.load(rp + R_RAW_YQ), tl.load(rp + R_RAW_YR)
-    else:
-        yp, yq, yr = tl.load(rp + R_STORED_YP), tl.load(rp + R_STORED_YQ), tl.load(rp + R_STORED_YR)
+def _slab_places(rp, p, q, r, R, o_r, o_c, OTHER: tl.constexpr, WIDE: tl.constexpr):
+    """Where the slab of a block of numbers stands: its first number, stride of rows, place of each from the first.
+
+    OTHER: not of the vector, but of what stands beside start: the raw product that r is made of, or start itself.
+    """
+    yp, yq, yr = tl.load(rp + R_STORED_YP), tl.load(rp + R_STORED_YQ), tl.load(rp + R_STORED_YR)
+    if OTHER:
+        raw = tl.load(rp + R_INNER_FIRST) != 0
+        yp = tl.where(raw, tl.load(rp + R_RAW_YP), yp)
+        yq, yr = tl.where(raw, tl.load(rp + R_RAW_YQ), yq), tl.where(raw, tl.load(rp + R_RAW_YR), yr)
     o_y = (o_r * yp.to(tl.int32))[:, None]
     if WIDE:
         o_y = o_y + ((o_c // R) * yq.to(tl.int32) + (o_c % R) * yr.to(tl.int32))[None, :]
@@ -726,39 +771,52 @@ def _slab_places(rp, p, q, r, R, o_r, o_c, RAW_ORDER: tl.constexpr, WIDE: tl.con
 
 @triton.jit
 def _rank_slab(
-    lp, rp, i_r, begin, stride, o_y, raw_begin, raw_stride, o_z, m, scalars_ptr, saved_ptr, work_ptr,
+    lp, rp, i_r, begin, stride, o_y, other_begin, other_stride, o_z, m, scalars_ptr, saved_ptr, work_ptr,
     THROUGH: tl.constexpr,
 ):  # fmt: skip
     """The slab side for a block of rows: of k u v^T, and of k start r^T."""
     d = tl.load(rp + R_DIRECTION)
     counts = (tl.load(scalars_ptr + S_SLOPE_OUT + d) != 0.0) & (tl.load(rp + R_EXISTS) != 0)
     m = _only(m, counts)
-    at = begin + i_r * stride
-    y = tl.load(saved_ptr + tl.load(rp + R_SAVED_SLAB) + at + o_y, mask=m, other=0.0)
+    y = tl.load(saved_ptr + tl.load(rp + R_SAVED_SLAB) + begin + i_r * stride + o_y, mask=m, other=0.0)
     other = tl.zeros_like(y)
     if THROUGH:
         start, residual = tl.load(scalars_ptr + S_START_OUT + d), tl.load(scalars_ptr + S_RESIDUAL_OUT + d)
         goes = _only(m, start != 0.0)
-        if tl.load(rp + R_INNER_FIRST) != 0:  # r is a slab
-            raw = tl.load(work_ptr + tl.load(rp + R_SLAB) + raw_begin + i_r * raw_stride + o_z, mask=goes, other=0.0)
-            other = tl.where(goes, raw - residual * y, 0.0)
-        else:
-            other = tl.load(saved_ptr + tl.load(rp + R_SAVED_START) + at + o_y, mask=goes, other=0.0)
+        raw = tl.load(rp + R_INNER_FIRST) != 0  # r is a slab, else it started from one
+        ptr = saved_ptr + tl.load(rp + R_SAVED_START)
+        if raw:
+            ptr = work_ptr + tl.load(rp + R_SLAB)
+        other = tl.load(ptr + other_begin + i_r * other_stride + o_z, mask=goes, other=0.0)
+        other = tl.where(goes, other - tl.where(raw, residual, 0.0) * y, 0.0)
     return y, other
 
 
 @triton.jit
+def _rank(
+    lp, rp, i_r, p, q, r, R, o_r, o_c, x, x0, m, scalars_ptr, saved_ptr, work_ptr,
+    THROUGH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """k (u v^T + start r^T) of one direction for a block of numbers, from its spread side."""
+    begin, stride, o_y = _slab_places(rp, p, q, r, R, o_r, o_c, False, WIDE)
+    begin0, stride0, o_y0 = _slab_places(rp, p, q, r, R, o_r, o_c, True, WIDE)
+    y, y0 = _rank_slab(
+        lp, rp, i_r, begin, stride, o_y, begin0, stride0, o_y0, m, scalars_ptr, saved_ptr, work_ptr, THROUGH
+    )
+    total = x[None, :] * y
+    if THROUGH:
+        total += x0[None, :] * y0
+    return total
+
+
+@triton.jit
 def _update(
-    tp, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr,
+    place, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GENERAL: tl.constexpr, THROUGH: tl.constexpr,
 ):  # fmt: skip
     """dW = m G + sum over directions of k (u v^T + start r^T)."""
     accum: tl.constexpr = saved_ptr.dtype.element_ty
-    dtype: tl.constexpr = d_ptr.dtype.element_ty
-    row0, rows = tl.load(tp + T_ROW0).to(tl.int64), tl.load(tp + T_ROWS)
-    col0, step = tl.load(tp + T_COL0) // UNIT * UNIT, tl.load(tp + T_STEP) // UNIT * UNIT
-    width, left = tl.load(tp + T_WIDTH) // UNIT * UNIT, (tl.load(tp + T_END) - col0) // UNIT * UNIT
-    L, R = tl.load(lp + L_L).to(tl.int32) // UNIT * UNIT, tl.load(lp + L_R).to(tl.int32)
+    row0, rows, col0, chunks, step, width, left, L, R = _in_units(place, UNIT)
     L64 = L.to(tl.int64)
     rp, rp1 = lp + ROLES_AT, lp + ROLES_AT + ROLE_WIDTH
     o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLS)
@@ -767,38 +825,58 @@ def _update(
     scalars_ptr = saved_ptr + tl.load(lp + L_SCALARS)
     product = tl.load(double_ptr + tl.load(lp + L_DOTS), cache_modifier=".cg")
     multiplier = tl.load(scalars_ptr + S_MULTIPLIER)
-    for i in range(0, tl.load(tp + T_CHUNKS)):
+    for i in range(0, chunks):
         m_c = (o_c < width) & (o_c < left - i * step)
         begin = col0 + i * step
         q, r = (begin // R).to(tl.int64), (begin % R).to(tl.int64)
         x, x0 = _rank_spread(lp, rp, q, r, R, o_c, m_c, product, scalars_ptr, saved_ptr, work_ptr, THROUGH)
-        at, stride, o_y = _slab_places(rp, row0, q, r, R, o_r, o_c, False, False)
-        raw_at, raw_stride, o_z = _slab_places(rp, row0, q, r, R, o_r, o_c, True, False)
         if GENERAL:
             x1, x10 = _rank_spread(lp, rp1, q, r, R, o_c, m_c, product, scalars_ptr, saved_ptr, work_ptr, THROUGH)
-            at1, stride1, o_y1 = _slab_places(rp1, row0, q, r, R, o_r, o_c, False, True)
-            raw_at1, raw_stride1, o_z1 = _slab_places(rp1, row0, q, r, R, o_r, o_c, True, True)
         for i_r in range(0, rows, ROWS):
             m_r = i_r + o_r < rows
             m = m_r[:, None] & m_c[None, :]
             o = i_r * L64 + i * step + (o_r[:, None] * L + o_c[None, :])
-            g = tl.load(g_ptr + o, mask=m, other=0.0, eviction_policy="evict_first").to(accum)
-            y, y0 = _rank_slab(
-                lp, rp, i_r, at, stride, o_y, raw_at, raw_stride, o_z, m_r[:, None], scalars_ptr, saved_ptr, work_ptr,
-                THROUGH,
+            total = multiplier * tl.load(g_ptr + o, mask=m, other=0.0, eviction_policy="evict_first").to(accum)
+            total += _rank(
+                lp, rp, i_r, row0, q, r, R, o_r, o_c, x, x0, m_r[:, None], scalars_ptr, saved_ptr, work_ptr,
+                THROUGH, False,
             )  # fmt: skip
-            total = multiplier * g + x[None, :] * y
-            if THROUGH:
-                total += x0[None, :] * y0
             if GENERAL:
-                y1, y10 = _rank_slab(
-                    lp, rp1, i_r, at1, stride1, o_y1, raw_at1, raw_stride1, o_z1, m, scalars_ptr, saved_ptr, work_ptr,
-                    THROUGH,
+                total += _rank(
+                    lp, rp1, i_r, row0, q, r, R, o_r, o_c, x1, x10, m, scalars_ptr, saved_ptr, work_ptr,
+                    THROUGH, True,
                 )  # fmt: skip
-                total += x1[None, :] * y1
-                if THROUGH:
-                    total += x10[None, :] * y10
-            tl.store(d_ptr + o, total.to(dtype), mask=m, eviction_policy="evict_first")
+            tl.store(d_ptr + o, _cast(total, d_ptr.dtype.element_ty), mask=m, eviction_policy="evict_first")
+
+
+@triton.jit
+def _update_unaligned(
+    place, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, GENERAL: tl.constexpr, THROUGH: tl.constexpr,
+):  # fmt: skip
+    """The same number by number, one direction after the other."""
+    accum: tl.constexpr = saved_ptr.dtype.element_ty
+    row0, rows, col0, chunks, step, width, left, L, R = _in_units(place, 1)
+    L64 = L.to(tl.int64)
+    o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLS)
+    scalars_ptr = saved_ptr + tl.load(lp + L_SCALARS)
+    product = tl.load(double_ptr + tl.load(lp + L_DOTS), cache_modifier=".cg")
+    row_blocks = tl.cdiv(rows, ROWS)
+    for block in range(0, chunks * row_blocks):
+        i, i_r = block // row_blocks, block % row_blocks * ROWS
+        m_c = (o_c < width) & (o_c < left - i * step)
+        m = (i_r + o_r < rows)[:, None] & m_c[None, :]
+        begin = col0 + i * step
+        q, r = (begin // R).to(tl.int64), (begin % R).to(tl.int64)
+        o = (row0 + i_r) * L64 + begin + (o_r[:, None] * L + o_c[None, :])
+        total = tl.load(scalars_ptr + S_MULTIPLIER) * tl.load(g_ptr + o, mask=m, other=0.0).to(accum)
+        for e in range(0, 1 + GENERAL):
+            rp = lp + ROLES_AT + e * ROLE_WIDTH
+            x, x0 = _rank_spread(lp, rp, q, r, R, o_c, m_c, product, scalars_ptr, saved_ptr, work_ptr, THROUGH)
+            total += _rank(
+                lp, rp, i_r, row0, q, r, R, o_r, o_c, x, x0, m, scalars_ptr, saved_ptr, work_ptr, THROUGH, GENERAL
+            )
+        tl.store(d_ptr + o, _cast(total, d_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -825,10 +903,13 @@ def backward_kernel(
         distance = tl.load(ap + A_WEIGHT)
         if kind == UPDATE:
             g_ptr, d_ptr = _select(grad_ptrs, k), _select(out_ptrs, k)
+            place = _place(tp, lp)
             if tl.load(lp + L_ALIGNED) != 0:
-                _update(tp, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr, UNIT, AT_ONCE, COLS, GENERAL, THROUGH)
+                _update(place, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr, UNIT, AT_ONCE, COLS, GENERAL, THROUGH)
             else:
-                _update(tp, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr, 1, ROWS // 4, COLS, GENERAL, THROUGH)
+                _update_unaligned(
+                    place, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr, ROWS // 4, COLS, GENERAL, THROUGH
+                )
         else:
             if kind == DOT:
                 g_ptr = _select(grad_ptrs, k)
