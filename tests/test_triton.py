@@ -88,9 +88,9 @@ class TestTables:
             made.append("addresses")
             return upload(*args)
 
-        def note_make(schedule, device):
+        def note_make(schedule, *args):
             made.append(type(schedule).__name__)
-            return make(schedule, device)
+            return make(schedule, *args)
 
         monkeypatch.setattr(_launch.State, "_upload", staticmethod(note_upload))
         monkeypatch.setattr(_launch.Launch, "make", note_make)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from truth import relative
 
 from bssn_kernels import functional
+from bssn_kernels.backends.cuda import modelling
 from bssn_kernels.backends.triton import interpreting
 from bssn_kernels.plan import LayerSpec, accumulation_dtype
 from bssn_kernels.variants import Variant, resolve_variant
@@ -90,7 +91,8 @@ def interpreted(backend: str) -> bool:
 
 def home(backend: str) -> torch.device:
     """Where the tensors of a test of this backend are."""
-    return torch.device("cuda" if backend == "triton" and not interpreting() else "cpu")
+    on_gpu = {"triton": not interpreting(), "cuda": not modelling()}
+    return torch.device("cuda" if on_gpu.get(backend) else "cpu")
 
 
 @contextlib.contextmanager

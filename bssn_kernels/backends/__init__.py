@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bssn_kernels.backends.cpu import CpuBackend
+from bssn_kernels.backends.cuda import CudaBackend
 from bssn_kernels.backends.reference import ReferenceBackend
 from bssn_kernels.backends.triton import TritonBackend
 from bssn_kernels.plan import LayerSpec
@@ -50,7 +51,7 @@ class Backend(Protocol):
 
 
 # In order of preference. A later backend is added here and nowhere else.
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TritonBackend(), ReferenceBackend())}
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())}
 _warned: set[str] = set()
 
 

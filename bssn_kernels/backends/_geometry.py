@@ -29,6 +29,7 @@ GROUP_ROWS = 128  # rows of an outer tile: its partial sums are 1 / 128 of the l
 TALL_ROWS = 512  # the same for layers with short rows; more would add too many numbers in fp32
 GROUP_ELEMENTS = 1 << 21  # of a group of columns: 8 MB of fp32 stay in L2 between two products
 FLAT = 1024  # flat tiles begin at multiples of this
+LONGEST_ROW = 1 << 23  # elements: places within a tile, of up to 128 rows, are 32-bit numbers
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -222,7 +223,7 @@ class Geometry:
             return [ColumnBlock(tuple(parts), of, 1)]
         blocks = []
         if self.has_q:
-            for q, n in _pieces(Q, chunks):
+            for q, n in _pieces(Q, min(chunks, MOST_CHUNKS)):  # inner tiles have the same columns
                 parts = tuple(Columns(q * R + r, n, R, w, self.L) for r, w in _pieces(R, U))
                 blocks.append(ColumnBlock(parts, self._entries(q * R, n * R), 1))
             return blocks

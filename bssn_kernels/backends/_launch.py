@@ -23,6 +23,13 @@ SPARE_COUNTERS = 2
 WARM_UP = "run it once on the same tensors and in the same mode before torch.cuda.graph"
 
 
+def alike(tensors: Sequence[Tensor], accum: torch.dtype) -> Sequence[Tensor]:
+    """Contiguous tensors of one dtype: as they are, or in accumulation dtype."""
+    if not tensors or (len({x.dtype for x in tensors}) == 1 and all(map(Tensor.is_contiguous, tensors))):
+        return tensors
+    return [x.to(accum).contiguous() for x in tensors]
+
+
 class on:
     """Makes a device current; gives its current stream, or None for a device without."""
 
@@ -77,22 +84,24 @@ class Launch:
     """A schedule with its tables on the device.
 
     Attributes:
+        layers: for errors: how many, some of their names, the largest shape.
         spares: zeroed counters for graphs; each serves one captured launch for ever.
     """
 
     schedule: Schedule
+    layers: str
     tables: dict[str, Tensor]
     spares: list[Tensor]
 
     @classmethod
-    def make(cls, schedule: Schedule, device: torch.device) -> Launch:
+    def make(cls, schedule: Schedule, layers: str, device: torch.device) -> Launch:
         names = ("tiles", "blocks", "layers", "vectors", "floats")
         tables = {name: getattr(schedule, name).to(device) for name in names}
         n = schedule.n_counters * COUNTER_STRIDE
         spares = []
         if device.type == "cuda":
             spares = [torch.zeros(n, dtype=torch.int32, device=device) for _ in range(SPARE_COUNTERS)]
-        return cls(schedule, tables, spares)
+        return cls(schedule, layers, tables, spares)
 
     def counters(self, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
         n = self.schedule.n_counters * COUNTER_STRIDE
@@ -105,7 +114,7 @@ class Launch:
 
 @dataclass
 class Addresses:
-    """Where the tensors of a group stand, on the device: distances from the anchors, in elements."""
+    """Where the tensors of a group stand, on the device."""
 
     table: Tensor
     stream: torch.cuda.Stream | None
@@ -119,6 +128,7 @@ class State:
 
     def __init__(self, table: Tensor) -> None:
         self.rows = layer_rows(table)
+        self.names: Sequence[str] = table.__dict__.get("names", ())
         self._launches: dict[tuple, Launch] = {}
         self._addresses: dict[tuple, Addresses] = {}
 
@@ -137,13 +147,22 @@ class State:
 
     def forward(self, iterations: tuple[int, ...], itemsize: int, device: torch.device) -> Launch:
         key = "forward", iterations, device
-        return self._launch(key, lambda: ForwardSchedule(self.rows, iterations, itemsize), device)
+        return self._launch(key, lambda: ForwardSchedule(self.rows, iterations, itemsize), range(len(self.rows)), device)
 
     def backward(self, layers: tuple[int, ...], itemsize: int, device: torch.device) -> Launch:
         key = "backward", layers, device
-        return self._launch(key, lambda: BackwardSchedule(self.rows, layers, itemsize), device)
+        return self._launch(key, lambda: BackwardSchedule(self.rows, layers, itemsize), layers, device)
 
-    def _launch(self, key: tuple, make: Callable[[], Schedule], device: torch.device) -> Launch:
+    def _described(self, layers: Sequence[int]) -> str:
+        """Some layers in words."""
+        names = [repr(self.names[i]) for i in layers[:3] if i < len(self.names)]
+        more = [f"{len(layers) - len(names)} more"] if len(names) < len(layers) else []
+        row = max((self.rows[i] for i in layers), key=lambda row: row.p * row.q * row.r)
+        return f"{', '.join(names + more)}; the largest {row.p} x {row.q} x {row.r} in memory"
+
+    def _launch(
+        self, key: tuple, make: Callable[[], Schedule], layers: Sequence[int], device: torch.device
+    ) -> Launch:
         now = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         found = self._launches.get(key)
         if found is None:
@@ -153,7 +172,7 @@ class State:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)  # another stream may still read its tables
                 self._launches.pop(next(iter(self._launches)))
-            found = self._launches[key] = Launch.make(make(), device)
+            found = self._launches[key] = Launch.make(make(), self._described(layers), device)
         if now:
             captured.append(found)
         return found
@@ -165,8 +184,13 @@ class State:
         vectors: Sequence[Tensor],
         gains: Sequence[Tensor],
         stream: torch.cuda.Stream | None,
+        absolute: bool = False,
     ) -> Tensor:
-        """The address table of these tensors; a new one only where a tensor moved."""
+        """The address table of these tensors; a new one only where a tensor moved.
+
+        Args:
+            absolute: addresses as such; otherwise distances from the anchors, in elements.
+        """
         # Distances are in elements, so the same memory read as another dtype is another table.
         dtypes = (*(x.dtype for x in vectors[:1]), *(x.dtype for x in gains[:1]))
         places = (*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, vectors), *map(Tensor.data_ptr, gains))
@@ -175,7 +199,8 @@ class State:
         if found is None:
             if now:
                 raise RuntimeError(f"weights, vectors or gains moved before the capture: {WARM_UP}")
-            found = self._upload(self._distances(weights, vectors, gains), weights[0].device, stream)
+            place = Tensor.data_ptr if absolute else self._distance
+            found = self._upload(self._places(place, weights, vectors, gains), weights[0].device, stream)
             if len(self._addresses) >= KEPT_ADDRESSES:
                 self._addresses.pop(next(iter(self._addresses)))
         self._addresses[key] = found  # the last one used goes last
@@ -186,21 +211,27 @@ class State:
             found.table.record_stream(stream)
         return found.table
 
-    def _distances(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
+    def _places(
+        self,
+        place: Callable[[Tensor], int],
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        gains: Sequence[Tensor],
+    ) -> Tensor:
         table = [[0] * len(ADDRESSES) for _ in weights]
         for k, weight in enumerate(weights):
-            table[k][0] = self._distance(weight)
+            table[k][0] = place(weight)
         if vectors:
             given, owned = iter(vectors), iter(gains)
             for k, row in enumerate(self.rows):
-                stored = [self._distance(next(given)) for _ in range(2 * row.directions)]
+                stored = [place(next(given)) for _ in range(2 * row.directions)]
                 for e, direction in enumerate(ForwardSchedule.directions(row, weights[k].element_size())):
                     if direction is not None:
                         d, spread_is_v = direction
                         u, v = stored[2 * d : 2 * d + 2]
                         table[k][1 + 2 * e : 3 + 2 * e] = (v, u) if spread_is_v else (u, v)
                 if row.has_gain:
-                    table[k][ADDRESSES.index("gain")] = self._distance(next(owned))
+                    table[k][ADDRESSES.index("gain")] = place(next(owned))
         return torch.tensor(table, dtype=torch.int64, device="cpu")
 
     def _distance(self, tensor: Tensor) -> int:

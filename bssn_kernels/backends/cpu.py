@@ -11,10 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from bssn_kernels.backends._compiled import DTYPE_CODES, build_reason
 from bssn_kernels.backends._memory import allocate
 from bssn_kernels.plan import FLOATS, LayerSpec, accumulation_dtype
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _in_forked_child = False
 
 
@@ -34,15 +34,7 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("bssn_kernels._cpu"), ""
     except ImportError as error:
-        return None, _build_reason() or f"bssn_kernels._cpu does not load: {error}"
-
-
-def _build_reason() -> str:
-    try:
-        info = importlib.import_module("bssn_kernels._build_info")
-    except ImportError:
-        return "bssn_kernels._cpu was never built (install the package with pip)"
-    return info.CPU_REASON and f"bssn_kernels._cpu was not built: {info.CPU_REASON}"
+        return None, build_reason("cpu") or f"bssn_kernels._cpu does not load: {error}"
 
 
 @cache
@@ -123,8 +115,8 @@ class CpuBackend:
             iterations,
             _addresses(outs),
             saved.data_ptr(),
-            _DTYPE_CODES[dtype],
-            _DTYPE_CODES[out_dtype],
+            DTYPE_CODES[dtype],
+            DTYPE_CODES[out_dtype],
             _threads(),
         )
         return outs, saved
@@ -149,8 +141,8 @@ class CpuBackend:
             saved.data_ptr(),
             _addresses(grad_weights),
             grad_gains.data_ptr(),
-            _DTYPE_CODES[weights[0].dtype],
-            _DTYPE_CODES[grads[0].dtype],
+            DTYPE_CODES[weights[0].dtype],
+            DTYPE_CODES[grads[0].dtype],
             _threads(),
         )
         return grad_weights, grad_gains

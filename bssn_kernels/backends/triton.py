@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bssn_kernels.backends._geometry import COLS, ROWS
-from bssn_kernels.backends._launch import Launch, State, counters_of, on
+from bssn_kernels.backends._geometry import COLS, LONGEST_ROW, ROWS
+from bssn_kernels.backends._launch import Launch, State, alike, counters_of, on
 from bssn_kernels.plan import FLOATS, LayerSpec, accumulation_dtype
 
 OLDEST = (3, 3)  # the first Triton that takes a tuple of tensors as an argument
 OLDEST_DEVICE = (7, 5)
-LONGEST_ROW = 1 << 23  # elements: places within a tile, of up to 128 rows, are 32-bit numbers
 TUPLE = 8  # tuples of tensors have a multiple of this length, so that groups of like size share a kernel
 
 
@@ -158,7 +157,7 @@ class TritonBackend:
         dtype, device = weights[0].dtype, weights[0].device
         accum = accumulation_dtype(dtype)
         state = State.of(tables[0])
-        vectors, gains = _alike(vectors, accum), _alike(gains, accum)
+        vectors, gains = alike(vectors, accum), alike(gains, accum)
         with on(device) as stream:
             launch = state.forward(tuple(iterations), dtype.itemsize, device)
             addresses = state.addresses(("forward",), weights, vectors, gains, stream)
@@ -206,13 +205,6 @@ class TritonBackend:
                 THROUGH=launch.schedule.through,
             )
         return grad_weights, grad_gains
-
-
-def _alike(tensors: Sequence[Tensor], accum: torch.dtype) -> Sequence[Tensor]:
-    """Contiguous tensors of one dtype: as they are, or in accumulation dtype."""
-    if not tensors or (len({x.dtype for x in tensors}) == 1 and all(map(Tensor.is_contiguous, tensors))):
-        return tensors
-    return [x.to(accum).contiguous() for x in tensors]
 
 
 def _tuple(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,0 +1,204 @@
+"""The CUDA backend: csrc/cuda, one launch for all layers of a group, compiled when the package is installed.
+
+With ``BSSN_CUDA_MODEL=FILE`` the same code, compiled for a model of a device, runs on CPU tensors: that is how its logic
+is tested without a GPU (tests/cuda_model).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bssn_kernels.backends import _tables
+from bssn_kernels.backends._compiled import DTYPE_CODES, build_reason
+from bssn_kernels.backends._geometry import FLAT, LONGEST_ROW, MOST_CHUNKS
+from bssn_kernels.backends._launch import COUNTER_STRIDE, Launch, State, alike, counters_of, on
+from bssn_kernels.plan import SCALARS, LayerSpec, accumulation_dtype
+
+
+def modelling() -> bool:
+    """Whether a model on the CPU stands in for the device."""
+    return bool(os.environ.get("BSSN_CUDA_MODEL"))
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled module, or the reason why there is none."""
+    file = os.environ.get("BSSN_CUDA_MODEL")
+    try:
+        if file:
+            spec = importlib.util.spec_from_file_location("_cuda", file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module("bssn_kernels._cuda")
+    except (ImportError, AttributeError) as error:
+        return None, build_reason("cuda") or f"bssn_kernels._cuda does not load: {error}"
+    expected = {
+        "tile": _tables.TILE_FIELDS, "block": _tables.BLOCK_FIELDS, "layer": _tables.LAYER_FIELDS,
+        "role": _tables.ROLE_FIELDS, "vector": _tables.VECTOR_FIELDS, "address": _tables.ADDRESSES, "scalar": SCALARS,
+    }  # fmt: skip
+    found = {name: tuple(fields) for name, fields in module.fields().items()}
+    numbers = module.COUNTER_STRIDE, module.FLAT, module.MOST_CHUNKS
+    if found != expected or numbers != (COUNTER_STRIDE, FLAT, MOST_CHUNKS):
+        return None, "bssn_kernels._cuda was built from other sources: install the package again"
+    return module, ""
+
+
+@cache
+def _device_reason(index: int) -> str:
+    """Why this device cannot run the compiled code, or nothing."""
+    with torch.cuda.device(index):
+        torch.cuda.current_stream(index)  # torch makes the device ready
+        missing = _load()[0].missing_code(index)
+    if not missing:
+        return ""
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"a device of compute capability {major}.{minor}, for which the build has no code ({missing})"
+
+
+@cache
+def _resident(forward: bool, dtype: torch.dtype, general: bool, many: bool, index: int) -> int:
+    """How many programs of a kernel run at once on a device."""
+    module = _load()[0]
+    return module.resident_programs(forward, DTYPE_CODES[dtype], general, module.MANY_TENSORS if many else 1, index)
+
+
+class CudaBackend:
+    """CUDA kernels; see csrc/cuda."""
+
+    name = "cuda"
+    devices = ("cuda",)
+
+    def unsupported(self, specs: Sequence[LayerSpec] | None = None) -> list[str]:
+        """Reasons: not built; no device; another device, or one it has no code for; a dtype or layout it does not know."""
+        module, reason = _load()
+        reasons = [] if module else [reason]
+        if not modelling():
+            if torch.version.hip:
+                reasons.append("it was made for NVIDIA GPUs, and this torch is built for AMD's")
+            elif not torch.cuda.is_available():
+                reasons.append("no CUDA device")
+        for spec in specs or ():
+            if reason := self._layer_reason(spec, usable=not reasons):
+                reasons.append(f"layer {spec.name!r} {reason}")
+        if module and specs and 2 * len(specs) > module.MANY_TENSORS:
+            reasons.append(f"{len(specs)} layers, expected at most {module.MANY_TENSORS // 2}")
+        return reasons
+
+    @staticmethod
+    def _layer_reason(spec: LayerSpec, usable: bool) -> str:
+        expected = "cpu" if modelling() else "cuda"
+        if spec.device.type != expected:
+            return f"is on {spec.device}, expected {expected}"
+        if spec.dtype not in DTYPE_CODES:
+            return f"is of {spec.dtype}, expected one of {list(DTYPE_CODES)}"
+        if isinstance(spec.view, str):
+            return f": {spec.view}"
+        if spec.view.extents[1] * spec.view.extents[2] > LONGEST_ROW:
+            return f"has rows of more than {LONGEST_ROW} elements in memory"
+        if usable and spec.device.type == "cuda":
+            index = spec.device.index
+            reason = _device_reason(torch.cuda.current_device() if index is None else index)
+            return reason and f"is on {reason}"
+        return ""
+
+    def tables(self, specs: Sequence[LayerSpec]) -> list[Tensor]:
+        """Nothing beside the layer table: schedules depend on the iterations and are made when they are known."""
+        return []
+
+    def normalize(
+        self,
+        weights: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        gains: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        iterations: Sequence[int],
+        saved_numel: int,
+        output_dtype: torch.dtype | None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """See ``ops.normalize``."""
+        dtype, device = weights[0].dtype, weights[0].device
+        accum = accumulation_dtype(dtype)
+        state = State.of(tables[0])
+        vectors, gains = alike(vectors, accum), alike(gains, accum)
+        with on(device) as stream:
+            launch = state.forward(tuple(iterations), dtype.itemsize, device)
+            addresses = state.addresses(("forward",), weights, vectors, gains, stream, absolute=True)
+            saved = torch.empty(saved_numel, dtype=accum, device=device)
+            outs = [torch.empty_like(w, dtype=output_dtype or dtype) for w in weights]
+            dtypes = [
+                DTYPE_CODES[x] for x in (
+                    dtype, output_dtype or dtype, vectors[0].dtype if vectors else accum,
+                    gains[0].dtype if gains else accum,
+                )
+            ]  # fmt: skip
+            _run(True, launch, addresses, saved, None, dtypes, dtype, outs, stream)
+        return outs, saved
+
+    def normalize_backward(
+        self,
+        grads: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        saved: Tensor,
+        tables: Sequence[Tensor],
+        layers: Sequence[int],
+    ) -> tuple[list[Tensor], Tensor]:
+        """See ``ops.normalize_backward``."""
+        dtype, device, accum = weights[0].dtype, weights[0].device, saved.dtype
+        state, key = State.of(tables[0]), tuple(layers)
+        grads = [g if g.data_ptr() % 16 == 0 else torch.empty_like(g).copy_(g) for g in grads]
+        with on(device) as stream:
+            launch = state.backward(key, dtype.itemsize, device)
+            addresses = state.addresses(("backward", key), weights, (), (), stream, absolute=True)
+            grad_weights = [torch.empty_like(w) for w in weights]
+            grad_gains = torch.empty(len(layers), dtype=accum, device=device)
+            dtypes = [DTYPE_CODES[x] for x in (dtype, grads[0].dtype, accum, accum)]
+            tensors = [*grads, *grad_weights]
+            _run(False, launch, addresses, saved, grad_gains, dtypes, dtype, tensors, stream)
+        return grad_weights, grad_gains
+
+
+def _run(
+    forward: bool,
+    launch: Launch,
+    addresses: Tensor,
+    saved: Tensor,
+    grad_gains: Tensor | None,
+    dtypes: Sequence[int],
+    dtype: torch.dtype,
+    tensors: Sequence[Tensor],
+    stream: torch.cuda.Stream | None,
+) -> None:
+    """One launch of all tiles, on the current stream."""
+    module, schedule, tables, device = _load()[0], launch.schedule, launch.tables, saved.device
+    index = device.index or 0
+    many = len(tensors) > module.FEW_TENSORS
+    programs = min(_resident(forward, dtype, schedule.general, many, index), len(schedule.tiles))
+    work = torch.empty(max(schedule.workspace, 16), dtype=saved.dtype, device=device)
+    doubles = torch.empty(max(schedule.doubles, 16), dtype=torch.float64, device=device)
+    counters = launch.counters(device, stream)
+    try:
+        (module.forward if forward else module.backward)(
+            [*(tables[name].data_ptr() for name in ("tiles", "blocks", "layers", "vectors", "floats")), addresses.data_ptr()],
+            [x.data_ptr() for x in (saved, work, doubles, counters)] + [0 if grad_gains is None else grad_gains.data_ptr()],
+            [len(schedule.tiles), programs, schedule.n_counters],
+            dtypes,
+            schedule.general,
+            [x.data_ptr() for x in tensors],
+            index,
+            stream.cuda_stream if stream else 0,
+        )  # fmt: skip
+    except RuntimeError as error:
+        counters_of.forget()
+        what = "forward" if forward else "backward"
+        raise RuntimeError(
+            f"{what} of {len(schedule.geometries)} layers ({launch.layers}) of {dtype} on {device}: {error}"
+        ) from error
