@@ -16,8 +16,10 @@ FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
 def compiler() -> str | None:
     """A C++ compiler that knows _Float16, as g++ does from version 12 on, and nothing where there is none."""
     for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
+        if not shutil.which(name):
+            continue
         command = [name, "-std=c++17", "-x", "c++", "-fsyntax-only", "-"]
-        if shutil.which(name) and subprocess.run(command, input="_Float16 x;", text=True, capture_output=True).returncode == 0:
+        if subprocess.run(command, input="_Float16 x;", text=True, capture_output=True).returncode == 0:
             return name
     return None
 

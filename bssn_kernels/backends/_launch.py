@@ -147,7 +147,8 @@ class State:
 
     def forward(self, iterations: tuple[int, ...], itemsize: int, device: torch.device) -> Launch:
         key = "forward", iterations, device
-        return self._launch(key, lambda: ForwardSchedule(self.rows, iterations, itemsize), range(len(self.rows)), device)
+        layers = range(len(self.rows))
+        return self._launch(key, lambda: ForwardSchedule(self.rows, iterations, itemsize), layers, device)
 
     def backward(self, layers: tuple[int, ...], itemsize: int, device: torch.device) -> Launch:
         key = "backward", layers, device

@@ -1,7 +1,7 @@
 """The CUDA backend: csrc/cuda, one launch for all layers of a group, compiled when the package is installed.
 
-With ``BSSN_CUDA_MODEL=FILE`` the same code, compiled for a model of a device, runs on CPU tensors: that is how its logic
-is tested without a GPU (tests/cuda_model).
+With ``BSSN_CUDA_MODEL=FILE`` the same code, compiled for a model of a device, runs on CPU tensors: that is how its
+logic is tested without a GPU (tests/cuda_model).
 """
 
 from __future__ import annotations
@@ -65,10 +65,9 @@ def _device_reason(index: int) -> str:
 
 
 @cache
-def _resident(forward: bool, dtype: torch.dtype, general: bool, many: bool, index: int) -> int:
+def _resident(forward: bool, dtype: torch.dtype, general: bool, index: int) -> int:
     """How many programs of a kernel run at once on a device."""
-    module = _load()[0]
-    return module.resident_programs(forward, DTYPE_CODES[dtype], general, module.MANY_TENSORS if many else 1, index)
+    return _load()[0].resident_programs(forward, DTYPE_CODES[dtype], general, index)
 
 
 class CudaBackend:
@@ -78,7 +77,7 @@ class CudaBackend:
     devices = ("cuda",)
 
     def unsupported(self, specs: Sequence[LayerSpec] | None = None) -> list[str]:
-        """Reasons: not built; no device; another device, or one it has no code for; a dtype or layout it does not know."""
+        """Reasons: not built; no device, or one it has no code for; a dtype or memory layout it does not know."""
         module, reason = _load()
         reasons = [] if module else [reason]
         if not modelling():
@@ -89,8 +88,6 @@ class CudaBackend:
         for spec in specs or ():
             if reason := self._layer_reason(spec, usable=not reasons):
                 reasons.append(f"layer {spec.name!r} {reason}")
-        if module and specs and 2 * len(specs) > module.MANY_TENSORS:
-            reasons.append(f"{len(specs)} layers, expected at most {module.MANY_TENSORS // 2}")
         return reasons
 
     @staticmethod
@@ -180,22 +177,25 @@ def _run(
     """One launch of all tiles, on the current stream."""
     module, schedule, tables, device = _load()[0], launch.schedule, launch.tables, saved.device
     index = device.index or 0
-    many = len(tensors) > module.FEW_TENSORS
-    programs = min(_resident(forward, dtype, schedule.general, many, index), len(schedule.tiles))
+    programs = min(_resident(forward, dtype, schedule.general, index), len(schedule.tiles))
     work = torch.empty(max(schedule.workspace, 16), dtype=saved.dtype, device=device)
     doubles = torch.empty(max(schedule.doubles, 16), dtype=torch.float64, device=device)
     counters = launch.counters(device, stream)
+    table = torch.empty(len(tensors), dtype=torch.int64, device=device) if len(tensors) > module.TENSORS else None
+    names = ("tiles", "blocks", "layers", "vectors", "floats")
+    buffers = (saved, work, doubles, counters, grad_gains)
     try:
         (module.forward if forward else module.backward)(
-            [*(tables[name].data_ptr() for name in ("tiles", "blocks", "layers", "vectors", "floats")), addresses.data_ptr()],
-            [x.data_ptr() for x in (saved, work, doubles, counters)] + [0 if grad_gains is None else grad_gains.data_ptr()],
+            [*(tables[name].data_ptr() for name in names), addresses.data_ptr()],
+            [0 if x is None else x.data_ptr() for x in buffers],
             [len(schedule.tiles), programs, schedule.n_counters],
             dtypes,
             schedule.general,
             [x.data_ptr() for x in tensors],
+            0 if table is None else table.data_ptr(),
             index,
             stream.cuda_stream if stream else 0,
-        )  # fmt: skip
+        )
     except RuntimeError as error:
         counters_of.forget()
         what = "forward" if forward else "backward"

@@ -41,6 +41,15 @@ BSSN_DEVICE double dot_tile(const Tile& tile, const G* g, const T* w) {
   return sum;
 }
 
+template <class T>
+BSSN_DEVICE double dot_by_number(const Tile& tile, const void* g, DType dtype, const T* w) {
+  const int64_t start = int64_t(tile.row0) * kFlat;
+  double sum = 0;
+  for (int i = thread(); i < tile.rows; i += kThreads)
+    sum += double(widen(w[start + i])) * number_at<double>(g, dtype, start + i);
+  return sum;
+}
+
 // What dW's rank terms need of a role: k (u v^T + start r^T), where r is its raw product less residual times its vector.
 template <class A>
 struct RankTerm {
@@ -82,8 +91,8 @@ struct RankTerm {
   }
 };
 
-// dW = m G + the rank terms, for some rows and chunks of columns. kSame: G has the type of W; a gradient of another type
-// is read when it is needed.
+// dW = m G + the rank terms, for some rows and chunks of columns. kSame: G has the type of W; otherwise it is in half
+// precision, as under autocast, and is read when it is needed.
 template <class T, bool kBoth, bool kSame>
 BSSN_DEVICE void update_tile(const LaunchParams& launch, const Tile& tile, const void* grad, T* grad_weight,
                              Shared<T, kBoth>& shared) {
@@ -149,18 +158,28 @@ BSSN_DEVICE void update_tile(const LaunchParams& launch, const Tile& tile, const
         barrier();
       }
       walk.ring.arrived();
+      A all[kPieces<T>][n];
+      if (kSame) {
+        BSSN_UNROLL
+        for (int j = 0; j < kPieces<T>; ++j) {
+          const int row = walk.row_of(step, j);
+          walk.ring.get(j, walk.base + walk.offset(row, chunk), walk.there(row, chunk), all[j]);
+        }
+      } else {
+        with_half(launch.other_dtype, [&](auto type) {
+          BSSN_UNROLL
+          for (int j = 0; j < kPieces<T>; ++j) {
+            const int row = walk.row_of(step, j);
+            const auto* p = static_cast<const decltype(type)*>(grad) + base + walk.offset(row, chunk);
+            if (walk.there(row, chunk)) load_numbers_once<decltype(type), n>(p, all[j]);
+          }
+        });
+      }
       BSSN_UNROLL
       for (int j = 0; j < kPieces<T>; ++j) {
         const int row = walk.row_of(step, j);
-        const bool there = walk.there(row, chunk);
-        const int64_t at = base + walk.offset(row, chunk);
-        A g[n];
-        if (kSame) walk.ring.get(j, static_cast<const T*>(grad) + at, there, g);
-        if (!there) continue;
-        if (!kSame)
-          with_type(launch.other_dtype, [&](auto type) {
-            load_numbers_once<decltype(type), n>(static_cast<const decltype(type)*>(grad) + at, g);
-          });
+        if (!walk.there(row, chunk)) continue;
+        A* const g = all[j];
         BSSN_UNROLL
         for (int i = 0; i < n; ++i) g[i] *= multiplier;
         BSSN_UNROLL
@@ -175,7 +194,7 @@ BSSN_DEVICE void update_tile(const LaunchParams& launch, const Tile& tile, const
             for (int i = 0; i < n; ++i) g[i] += beside[e][i] * staged[e][1][y_at + (e ? classes[i] : 0)];
           }
         }
-        store_numbers_once<T, n>(grad_weight + at, g);
+        store_numbers_once<T, n>(grad_weight + base + walk.offset(row, chunk), g);
       }
       walk.ring.read();
       walk.fetch();
@@ -183,7 +202,7 @@ BSSN_DEVICE void update_tile(const LaunchParams& launch, const Tile& tile, const
   }
 }
 
-// The same number by number, for layers whose rows are not at multiples of 16 bytes.
+// The same number by number, for layers whose rows are not at multiples of 16 bytes and rare pairs of types.
 template <class T, bool kBoth>
 BSSN_DEVICE_CALL void update_by_number(const LaunchParams& launch, const Tile& tile, const void* grad, T* grad_weight) {
   using A = Accum<T>;
@@ -216,30 +235,35 @@ BSSN_DEVICE_CALL void update_by_number(const LaunchParams& launch, const Tile& t
 }
 
 // `tensors`: the gradients of all layers, then room for their dW.
-template <class T, bool kBoth, int kTensors>
-BSSN_DEVICE void backward_program(const LaunchParams& launch, const Pointers<kTensors>& tensors, int n_layers) {
+template <class T, bool kBoth>
+BSSN_DEVICE void backward_program(const LaunchParams& launch, const Tensors& tensors, int n_layers) {
   using A = Accum<T>;
   auto& shared = *reinterpret_cast<Shared<T, kBoth>*>(shared_memory());
   every_ticket(launch, shared.tickets, [&](const Tile& tile) {
     const Layer& layer = launch.layers[tile.layer];
-    const void* grad = tensors.at[tile.layer];
+    const void* grad = tensor(tensors, tile.layer);
     if (tile.kind == kUpdate) {
-      T* out = static_cast<T*>(tensors.at[n_layers + tile.layer]);
-      if (!layer.aligned)
-        update_by_number<T, kBoth>(launch, tile, grad, out);
-      else if (launch.other_dtype == Code<T>::value)
+      T* out = static_cast<T*>(tensor(tensors, n_layers + tile.layer));
+      if (layer.aligned && launch.other_dtype == Code<T>::value)
         update_tile<T, kBoth, true>(launch, tile, grad, out, shared);
+      else if (layer.aligned && half_of<T>(launch.other_dtype))
+        update_tile<T, kBoth, Code<T>::value != DType::f32>(launch, tile, grad, out, shared);
       else
-        update_tile<T, kBoth, false>(launch, tile, grad, out, shared);
+        update_by_number<T, kBoth>(launch, tile, grad, out);
       return;
     }
     if (tile.kind == kDot) {
       await(launch.counters, tile.wait, tile.wait_target);
       const T* w = reinterpret_cast<const T*>(launch.addresses[tile.layer].weight);
       double share = 0;
-      with_type(launch.other_dtype, [&](auto type) {
-        share = dot_tile<T, decltype(type)>(tile, static_cast<const decltype(type)*>(grad), w);
-      });
+      if (launch.other_dtype == Code<T>::value)
+        share = dot_tile<T, T>(tile, static_cast<const T*>(grad), w);
+      else if (half_of<T>(launch.other_dtype))
+        with_half(launch.other_dtype, [&](auto type) {
+          share = dot_tile<T, decltype(type)>(tile, static_cast<const decltype(type)*>(grad), w);
+        });
+      else
+        share = dot_by_number<T>(tile, grad, launch.other_dtype, w);
       share = block_sum(share, shared.sums);
       if (thread() == 0) launch.doubles[layer.dots + 1 + tile.slot0] = share;
     } else {

@@ -25,7 +25,7 @@ const P* pointer(uintptr_t address) {
 
 Call make_call(const std::vector<uintptr_t>& tables, const std::vector<uintptr_t>& buffers,
                const std::vector<int>& sizes, const std::vector<int>& dtypes, bool both,
-               const std::vector<uintptr_t>& tensors, int device, uintptr_t stream) {
+               const std::vector<uintptr_t>& tensors, uintptr_t table, int device, uintptr_t stream) {
   Call call;
   LaunchParams& launch = call.launch;
   launch.tiles = pointer<Tile>(tables.at(0)), launch.blocks = pointer<Block>(tables.at(1));
@@ -41,6 +41,7 @@ Call make_call(const std::vector<uintptr_t>& tables, const std::vector<uintptr_t
   launch.vector_dtype = DType(dtypes.at(2)), launch.gain_dtype = DType(dtypes.at(3));
   call.both = both;
   for (uintptr_t address : tensors) call.tensors.push_back(reinterpret_cast<void*>(address));
+  call.table = reinterpret_cast<void**>(table);
   call.device = device;
   call.stream = reinterpret_cast<void*>(stream);
   return call;
@@ -48,9 +49,9 @@ Call make_call(const std::vector<uintptr_t>& tables, const std::vector<uintptr_t
 
 template <void (*launch)(const Call&)>
 void bound(const std::vector<uintptr_t>& tables, const std::vector<uintptr_t>& buffers, const std::vector<int>& sizes,
-           const std::vector<int>& dtypes, bool both, const std::vector<uintptr_t>& tensors, int device,
+           const std::vector<int>& dtypes, bool both, const std::vector<uintptr_t>& tensors, uintptr_t table, int device,
            uintptr_t stream) {
-  const Call call = make_call(tables, buffers, sizes, dtypes, both, tensors, device, stream);
+  const Call call = make_call(tables, buffers, sizes, dtypes, both, tensors, table, device, stream);
   py::gil_scoped_release release;
   launch(call);
 }
@@ -102,13 +103,12 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       " weights, of W_bar or its gradient, of the stored vectors, of the gains.";
   m.def("forward", &bound<forward>);
   m.def("backward", &bound<backward>);
-  m.def("resident_programs", [](bool forward, int dtype, bool both, int tensors, int device) {
-    return resident_programs(forward, bssn::DType(dtype), both, tensors, device);
+  m.def("resident_programs", [](bool forward, int dtype, bool both, int device) {
+    return resident_programs(forward, bssn::DType(dtype), both, device);
   });
   m.def("missing_code", &missing_code, "Why there is no code for a device; empty where there is.");
   m.def("fields", &field_names, "Columns of the tables.");
-  m.attr("FEW_TENSORS") = kFewTensors;
-  m.attr("MANY_TENSORS") = kManyTensors;
+  m.attr("TENSORS") = kTensors;
   m.attr("COUNTER_STRIDE") = kCounterStride;
   m.attr("FLAT") = kFlat;
   m.attr("MOST_CHUNKS") = kMostChunks;

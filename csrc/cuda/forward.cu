@@ -5,39 +5,43 @@
 namespace bssn {
 namespace cuda {
 
-// As many programs an SM as shared memory lets reside on sm_90.
-template <class T, bool kBoth, int kTensors>
-__global__ void __launch_bounds__(kThreads, kBoth ? 3 : 4)
-    forward_kernel(const __grid_constant__ LaunchParams launch, const __grid_constant__ Pointers<kTensors> outs) {
-  forward_program<T, kBoth, kTensors>(launch, outs);
+// Programs an SM for which registers are handed out: as many as shared memory lets reside on sm_90, and fewer for half
+// precision, whose 16 bytes are eight numbers.
+template <class T, bool kBoth>
+constexpr int kResident = kBoth || sizeof(T) == 2 ? 3 : 4;
+
+template <class T, bool kBoth>
+__global__ void __launch_bounds__(kThreads, kResident<T, kBoth>)
+    forward_kernel(const __grid_constant__ LaunchParams launch, const __grid_constant__ Tensors outs) {
+  forward_program<T, kBoth>(launch, outs);
 }
 
 void forward(const Call& call) {
-  with_kernel(call.weight_dtype, call.both, call.tensors.size(), [&](auto type, auto both, auto room) {
+  with_kernel(call.weight_dtype, call.both, [&](auto type, auto both) {
     using T = decltype(type);
     LaunchParams launch = call.launch;
-    auto outs = pointers<decltype(room)::value>(call.tensors);
-    void* arguments[] = {&launch, &outs};
-    start(reinterpret_cast<const void*>(&forward_kernel<T, decltype(both)::value, decltype(room)::value>),
+    Tensors tensors = tensors_of(call);
+    void* arguments[] = {&launch, &tensors};
+    start(reinterpret_cast<const void*>(&forward_kernel<T, decltype(both)::value>),
           sizeof(Shared<T, decltype(both)::value>), call, arguments);
   });
 }
 
-int resident_forward(DType dtype, bool both, int tensors, int device) {
+int resident_forward(DType dtype, bool both, int device) {
   int programs = 0;
-  with_kernel(dtype, both, size_t(tensors), [&](auto type, auto both, auto room) {
+  with_kernel(dtype, both, [&](auto type, auto flag) {
     using T = decltype(type);
     check(cudaSetDevice(device), "cudaSetDevice");
-    programs = prepare(reinterpret_cast<const void*>(&forward_kernel<T, decltype(both)::value, decltype(room)::value>),
-                       sizeof(Shared<T, decltype(both)::value>), device);
+    programs = prepare(reinterpret_cast<const void*>(&forward_kernel<T, decltype(flag)::value>),
+                       sizeof(Shared<T, decltype(flag)::value>), device);
   });
   return programs;
 }
 
-int resident_backward(DType dtype, bool both, int tensors, int device);
+int resident_backward(DType dtype, bool both, int device);
 
-int resident_programs(bool forward, DType dtype, bool both, int tensors, int device) {
-  return forward ? resident_forward(dtype, both, tensors, device) : resident_backward(dtype, both, tensors, device);
+int resident_programs(bool forward, DType dtype, bool both, int device) {
+  return forward ? resident_forward(dtype, both, device) : resident_backward(dtype, both, device);
 }
 
 std::string missing_code(int device) {
@@ -45,7 +49,7 @@ std::string missing_code(int device) {
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess)
     error = cudaFuncGetAttributes(&attributes,
-                                  reinterpret_cast<const void*>(&forward_kernel<float, false, kFewTensors>));
+                                  reinterpret_cast<const void*>(&forward_kernel<float, false>));
   if (error == cudaSuccess) return "";
   cudaGetLastError();
   return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);

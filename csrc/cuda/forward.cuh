@@ -34,7 +34,7 @@ BSSN_DEVICE LayerRow layer_row(const Layer& layer, const Floats& floats) {
 // The end of an iteration, from the norms of its raw products. The factors of the new vectors go to the iteration's
 // results; after the last one the layer's scalars are written.
 template <class T, bool kBoth>
-BSSN_DEVICE void finish_iteration(const LaunchParams& launch, const Block& block, const Layer& layer,
+BSSN_DEVICE_CALL void finish_iteration(const LaunchParams& launch, const Block& block, const Layer& layer,
                                   Shared<T, kBoth>& shared) {
   using A = Accum<T>;
   double inner[2] = {0, 0}, outer[2] = {0, 0};
@@ -73,7 +73,7 @@ BSSN_DEVICE void finish_iteration(const LaunchParams& launch, const Block& block
 
 // New vectors into `saved`; after a zero or non-finite iteration the stored ones, or ones / sqrt(n).
 template <class T, bool kBoth>
-BSSN_DEVICE void write_vectors(const LaunchParams& launch, const Tile& tile, Shared<T, kBoth>& shared) {
+BSSN_DEVICE_CALL void write_vectors(const LaunchParams& launch, const Tile& tile, Shared<T, kBoth>& shared) {
   using A = Accum<T>;
   for (int i = tile.row0; i < tile.row0 + tile.rows; ++i) {
     const VectorPart& part = launch.vectors[i];
@@ -130,8 +130,9 @@ BSSN_DEVICE void scale_tile(const Tile& tile, const T* w, O* out, Accum<T> multi
   for (int i = pieces * n + thread(); i < count; i += kThreads) out[i] = narrow<O>(multiplier * A(widen(w[i])));
 }
 
-template <class T, bool kBoth, int kLayers>
-BSSN_DEVICE void forward_program(const LaunchParams& launch, const Pointers<kLayers>& outs) {
+// `outs`: room for W_bar of all layers.
+template <class T, bool kBoth>
+BSSN_DEVICE void forward_program(const LaunchParams& launch, const Tensors& outs) {
   using A = Accum<T>;
   auto& shared = *reinterpret_cast<Shared<T, kBoth>*>(shared_memory());
   every_ticket(launch, shared.tickets, [&](const Tile& tile) {
@@ -142,7 +143,7 @@ BSSN_DEVICE void forward_program(const LaunchParams& launch, const Pointers<kLay
       await(launch.counters, tile.wait, tile.wait_target);
       const A multiplier = load_fresh(static_cast<const A*>(launch.saved) + launch.layers[tile.layer].scalars + k_multiplier);
       const T* w = reinterpret_cast<const T*>(launch.addresses[tile.layer].weight);
-      void* out = outs.at[tile.layer];
+      void* out = tensor(outs, tile.layer);
       with_type(launch.other_dtype,
                 [&](auto type) { scale_tile<T, decltype(type)>(tile, w, static_cast<decltype(type)*>(out), multiplier); });
     } else {

@@ -39,13 +39,37 @@ inline int prepare(const void* kernel, size_t shared, int device) {
   return known[key] = std::max(1, per_processor * processors);
 }
 
-template <int n>
-Pointers<n> pointers(const std::vector<void*>& tensors) {
-  if (tensors.size() > size_t(n))
-    throw std::runtime_error("expected at most " + std::to_string(n) + " tensors, got " + std::to_string(tensors.size()));
-  Pointers<n> all{};
-  std::copy(tensors.begin(), tensors.end(), all.at);
-  return all;
+// Fills part of a table of tensors.
+struct Part {
+  void** to;
+  int n;
+  void* at[kTensors];
+};
+static __global__ void fill_table(const __grid_constant__ Part part) {
+  for (int i = int(threadIdx.x); i < part.n; i += int(blockDim.x)) part.to[i] = part.at[i];
+}
+
+// The tensors of a call as a parameter. More than kTensors are written to call.table, on the call's stream.
+inline Tensors tensors_of(const Call& call) {
+  Tensors tensors{};
+  const size_t n = call.tensors.size();
+  if (n <= size_t(kTensors)) {
+    std::copy(call.tensors.begin(), call.tensors.end(), tensors.at);
+    return tensors;
+  }
+  check(cudaSetDevice(call.device), "cudaSetDevice");
+  for (size_t first = 0; first < n; first += kTensors) {
+    Part part{};
+    part.to = call.table + first;
+    part.n = int(std::min(n - first, size_t(kTensors)));
+    std::copy_n(call.tensors.begin() + std::ptrdiff_t(first), part.n, part.at);
+    void* arguments[] = {&part};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(&fill_table), dim3(1), dim3(kTensors), arguments, 0,
+                           static_cast<cudaStream_t>(call.stream)),
+          "cudaLaunchKernel");
+  }
+  tensors.table = call.table;
+  return tensors;
 }
 
 // `arguments` point to the kernel's parameters.
@@ -57,24 +81,18 @@ inline void start(const void* kernel, size_t shared, const Call& call, void** ar
         "cudaLaunchKernel");
 }
 
-// Does `f` with a value of the weights' type, with whether a layer has role 1, and with room for the tensors.
-template <int n>
-struct Room {
-  static constexpr int value = n;
-};
+// Does `f` with a value of the weights' type, and with whether a layer has role 1.
 template <bool b>
 struct Flag {
   static constexpr bool value = b;
 };
 template <class F>
-void with_kernel(DType dtype, bool both, size_t tensors, F f) {
+void with_kernel(DType dtype, bool both, F f) {
   auto typed = [&](auto type) {
-    if (tensors > size_t(kFewTensors))
-      f(type, Flag<true>(), Room<kManyTensors>());  // rare, so not in every version
-    else if (both)
-      f(type, Flag<true>(), Room<kFewTensors>());
+    if (both)
+      f(type, Flag<true>());
     else
-      f(type, Flag<false>(), Room<kFewTensors>());
+      f(type, Flag<false>());
   };
   switch (dtype) {
     case DType::f64: return typed(double());

@@ -12,6 +12,7 @@ namespace cuda {
 struct Call {
   LaunchParams launch;
   std::vector<void*> tensors;  // forward: W_bar of all layers; backward: all gradients, then all dW
+  void** table;                // room for more than kTensors of them on the device
   DType weight_dtype;
   bool both;  // whether a layer has role 1
   int device;
@@ -23,7 +24,7 @@ void forward(const Call& call);
 void backward(const Call& call);
 
 // How many programs are resident at once: what launch.n_programs should be at most.
-int resident_programs(bool forward, DType weight_dtype, bool both, int n_tensors, int device);
+int resident_programs(bool forward, DType weight_dtype, bool both, int device);
 
 // Why there is no code for this device; empty where there is.
 std::string missing_code(int device);

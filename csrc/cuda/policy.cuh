@@ -129,6 +129,22 @@ BSSN_DEVICE void with_type(DType dtype, F f) {
   }
 }
 
+// float32 weights with results and gradients in half precision, as under autocast.
+template <class T>
+BSSN_DEVICE bool half_of(DType dtype) {
+  return Code<T>::value == DType::f32 && (dtype == DType::bf16 || dtype == DType::f16);
+}
+template <class F>
+BSSN_DEVICE void with_half(DType dtype, F f) {
+  if (dtype == DType::bf16)
+    f(bf16());
+  else
+    f(f16());
+}
+
+// Tensor i of a launch.
+BSSN_DEVICE void* tensor(const Tensors& tensors, int i) { return tensors.table ? tensors.table[i] : tensors.at[i]; }
+
 BSSN_DEVICE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Pieces of an array on their way to a thread, kStages steps of kPieces each: every thread copies what it will read

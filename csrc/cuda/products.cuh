@@ -551,7 +551,7 @@ BSSN_DEVICE double add_up(const A* parts, A* out, int n, int entry_stride, int t
 
 // Add up what the tiles of a block left for role e; the block's share of the norm is kept.
 template <class T, bool kBoth>
-BSSN_DEVICE void combine(const LaunchParams& launch, const Block& block, const Layer& layer, int e, bool forward,
+BSSN_DEVICE_CALL void combine(const LaunchParams& launch, const Block& block, const Layer& layer, int e, bool forward,
                          Shared<T, kBoth>& shared) {
   using A = Accum<T>;
   const Role& role = layer.roles[e];

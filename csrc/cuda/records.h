@@ -84,13 +84,14 @@ struct LaunchParams {
   DType other_dtype, vector_dtype, gain_dtype;  // of W_bar or its gradient, of stored vectors, of gains
 };
 
-// Tensors that move from call to call are parameters of the launch: nothing is copied to the device for them.
-template <int n>
-struct Pointers {
-  void* at[n];
+// Tensors that move from call to call are parameters of the launch: nothing is copied to the device for them. What has no
+// room in the 4 KB that every launch has stands in a table, which small launches before it fill, again from parameters.
+constexpr int kTensors = 448;
+
+struct Tensors {
+  void* const* table;  // of all, or null
+  void* at[kTensors];
 };
-constexpr int kFewTensors = 448;    // within the 4 KB of parameters that every launch has room for
-constexpr int kManyTensors = 4000;  // within 32 KB, which take longer to hand over
 
 constexpr int kCounterStride = 8;  // counters are 32 bytes apart, or those who poll one slow those who raise its neighbour
 constexpr int kFlat = 1024;        // flat tiles begin at multiples of this

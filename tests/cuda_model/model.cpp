@@ -247,35 +247,35 @@ void with_type_and_roles(DType dtype, bool both, F f) {
   });
 }
 
-template <int n>
-std::unique_ptr<Pointers<n>> pointers(const std::vector<void*>& tensors) {
-  if (tensors.size() > size_t(n)) throw std::runtime_error("too many tensors");
-  std::unique_ptr<Pointers<n>> all(new Pointers<n>());
-  std::copy(tensors.begin(), tensors.end(), all->at);
-  return all;
+Tensors tensors_of(const Call& call) {
+  Tensors tensors{};
+  const bool few = call.tensors.size() <= size_t(kTensors);
+  std::copy(call.tensors.begin(), call.tensors.end(), few ? tensors.at : call.table);
+  tensors.table = few ? nullptr : call.table;
+  return tensors;
 }
 
 }  // namespace
 
 void forward(const Call& call) {
-  const auto outs = pointers<kManyTensors>(call.tensors);
+  const Tensors outs = tensors_of(call);
   with_type_and_roles(call.weight_dtype, call.both, [&](auto type, auto both) {
     using T = decltype(type);
     model::run(call.launch.n_programs, sizeof(Shared<T, both.value>),
-               [&] { forward_program<T, both.value>(call.launch, *outs); });
+               [&] { forward_program<T, both.value>(call.launch, outs); });
   });
 }
 
 void backward(const Call& call) {
-  const auto tensors = pointers<kManyTensors>(call.tensors);
+  const Tensors tensors = tensors_of(call);
   with_type_and_roles(call.weight_dtype, call.both, [&](auto type, auto both) {
     using T = decltype(type);
     model::run(call.launch.n_programs, sizeof(Shared<T, both.value>),
-               [&] { backward_program<T, both.value>(call.launch, *tensors, int(call.tensors.size() / 2)); });
+               [&] { backward_program<T, both.value>(call.launch, tensors, int(call.tensors.size() / 2)); });
   });
 }
 
-int resident_programs(bool, DType, bool, int, int) { return int(model::setting("BSSN_MODEL_RESIDENT", 2)); }
+int resident_programs(bool, DType, bool, int) { return int(model::setting("BSSN_MODEL_RESIDENT", 2)); }
 
 std::string missing_code(int) { return ""; }
 
