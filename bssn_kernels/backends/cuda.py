@@ -34,7 +34,8 @@ def _load() -> tuple[ModuleType | None, str]:
     file = os.environ.get("BSSN_CUDA_MODEL")
     try:
         if file:
-            spec = importlib.util.spec_from_file_location("_cuda", file)
+            # Under a name of its own: pybind11 gives a second module of the same name out as the first.
+            spec = importlib.util.spec_from_file_location(f"{file.replace('.', '_')}._cuda", file)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:

@@ -237,8 +237,13 @@ void wait(int pending) {
 
 namespace {
 
+// BSSN_MODEL_FLOAT: of float32 alone, for faults that are built in one by one.
 template <class F>
 void with_type_and_roles(DType dtype, bool both, F f) {
+#if defined(BSSN_MODEL_FLOAT)
+  if (dtype != DType::f32 || !both) throw std::runtime_error("this model has float32 and both roles alone");
+  return f(float(), std::true_type());
+#endif
   with_type(dtype, [&](auto type) {
     if (both)
       f(type, std::true_type());
