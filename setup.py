@@ -245,14 +245,22 @@ def cuda_paths(nvcc: str) -> tuple[list[str], Path]:
     said = subprocess.run(dry_run, capture_output=True, text=True).stderr
     facts = {name: shlex.split(value) for name, value in re.findall(r"^#\$ (\w+)=(.*)$", said, re.MULTILINE)}
     words = [*facts.get("INCLUDES", []), *facts.get("SYSTEM_INCLUDES", [])]
-    folders = dict.fromkeys(os.path.realpath(word.removeprefix("-I")) for word in words if word != "-isystem")
-    includes = [f"-isystem{folder}" for folder in folders if os.path.isdir(folder) and folder != "/usr/include"]
+    folders = [os.path.realpath(word.removeprefix("-I")) for word in words if word != "-isystem"]
+    includes = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
     top = facts.get("TOP", [os.path.join(os.path.dirname(nvcc), "..")])[0]
-    places = [Path(word[2:]) for word in facts.get("LIBRARIES", []) if word.startswith("-L")]
-    for place in (*places, Path(top, "lib"), Path(top, "lib64")):
-        if (place / "libcudart_static.a").exists():
-            return includes, (place / "libcudart_static.a").resolve()
-    raise Unavailable(f"{nvcc} has no libcudart_static.a beside it (on PyPI it is in nvidia-cuda-runtime)")
+    libraries = [word[2:] for word in facts.get("LIBRARIES", []) if word.startswith("-L")]
+    libraries += [os.path.join(top, "lib"), os.path.join(top, "lib64")]
+
+    def find(name: str, folders: Iterable[str], package: str) -> Path:
+        for folder in folders:
+            if os.path.exists(os.path.join(folder, name)):
+                return Path(folder, name)
+        raise Unavailable(f"{nvcc} has no {name} beside it (PyPI has that in {package})")
+
+    find("cuda_runtime_api.h", [*includes, "/usr/include"], "nvidia-cuda-runtime")
+    find("nv/target", [*includes, "/usr/include"], "nvidia-cuda-cccl")  # cuda_fp16.h includes it
+    cudart = find("libcudart_static.a", libraries, "nvidia-cuda-runtime")
+    return [f"-isystem{folder}" for folder in includes if folder != "/usr/include"], cudart.resolve()
 
 
 def cuda_archs(nvcc: str, release: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

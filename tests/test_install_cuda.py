@@ -256,16 +256,25 @@ def test_an_nvcc_that_is_too_old_or_broken_is_passed_over(places):
 
 @pytest.mark.parametrize("library", ["named/lib", "lib", "lib64"])
 def test_headers_and_cudart_are_where_nvcc_says_or_beside_it(tmp_path, library):
+    """What is missing is named with the package that has it."""
     said = f'#$ TOP={tmp_path}/bin/..\n#$ INCLUDES="-I{tmp_path}/bin/../include"  \n'
     said += f'#$ SYSTEM_INCLUDES="-isystem" "{tmp_path}/no/cccl" \n#$ LIBRARIES=  "-L{tmp_path}/named/lib"'
     nvcc = str(fake_nvcc(tmp_path / "bin", dry_run=said))
-    (tmp_path / "include").mkdir()
-    with pytest.raises(setup.Unavailable, match=r"no libcudart_static.a beside it .*nvidia-cuda-runtime"):
-        setup.cuda_paths(nvcc)
-    (tmp_path / library).mkdir(parents=True)
-    (tmp_path / library / "libcudart_static.a").touch()
-    expected = [f"-isystem{tmp_path}/include"], tmp_path / library / "libcudart_static.a"
-    assert setup.cuda_paths(nvcc) == expected
+    needed = {
+        "include/cuda_runtime_api.h": "nvidia-cuda-runtime",
+        "include/nv/target": "nvidia-cuda-cccl",
+        f"{library}/libcudart_static.a": "nvidia-cuda-runtime",
+    }
+    if any(os.path.exists(f"/usr/{name}") for name in needed):
+        del needed["include/cuda_runtime_api.h"], needed["include/nv/target"]  # a distribution's toolkit has them there
+        (tmp_path / "include").mkdir()
+    for name, package in needed.items():
+        missing = name.removeprefix("include/").removeprefix(f"{library}/")
+        with pytest.raises(setup.Unavailable, match=rf"has no {missing} beside it \(PyPI has that in {package}\)"):
+            setup.cuda_paths(nvcc)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert setup.cuda_paths(nvcc) == ([f"-isystem{tmp_path}/include"], tmp_path / library / "libcudart_static.a")
 
 
 @pytest.mark.parametrize(
