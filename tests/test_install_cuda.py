@@ -300,6 +300,17 @@ def test_a_bad_architecture_is_named(item):
         setup.parse_archs(f"8.0;{item}")
 
 
+def test_one_ptx_serves_the_chips_of_a_generation():
+    flags = setup.code_flags(("75", "80", "86", "89", "90", "100", "120"), ("120",))
+    pairs = [tuple(re.findall(r"=(?:arch=)?\w+_(\d+),code=(\w+)", flag)[0]) for flag in flags]
+    machine = [("75", "sm_75"), ("80", "sm_80"), ("80", "sm_86"), ("80", "sm_89"), ("90", "sm_90"), ("100", "sm_100")]
+    assert pairs == [*machine, ("120", "sm_120"), ("120", "compute_120")]
+    assert setup.code_flags(("86", "90"), ("86",))[::2] == [
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_86,code=compute_86",
+    ]
+
+
 def test_architectures_are_those_that_the_toolkit_knows(tmp_path, monkeypatch):
     nvcc = fake_nvcc(tmp_path / "bin")
     nvcc.write_text("#!/bin/sh\nprintf 'sm_70\\nsm_75\\nsm_80\\nsm_87\\nsm_90\\nsm_90a\\n'\n")
