@@ -81,17 +81,22 @@ def _gpu() -> str:
 
 
 def _build() -> Iterable[tuple[str, str]]:
-    """Compiler of the compiled parts, as setup.py noted it."""
+    """Each compiled part as setup.py noted it: compiler, flags and processors, or why it was left out."""
     try:
         from bssn_kernels import _build_info
     except ImportError:
         yield "build", "none: setup.py has not run here"
         return
-    if _build_info.CPU_REASON:
-        yield "build", f"without the compiled part: {_build_info.CPU_REASON}"
-        return
-    yield "build", f"{_build_info.CPU_COMPILER}, {_build_info.CPU_FLAGS}"
-    yield "", f"for {', '.join(_build_info.CPU_ISAS)}"
+    facts = vars(_build_info)
+    for part in (name.removesuffix("_REASON") for name in facts if name.endswith("_REASON")):
+        title = f"build {part.lower()}"
+        if reason := facts[f"{part}_REASON"]:
+            yield title, f"left out: {reason}"
+            continue
+        yield title, f"{facts[f'{part}_COMPILER']}, {facts[f'{part}_FLAGS']}"
+        targets = [*facts.get(f"{part}_ISAS", ()), *(f"sm_{arch}" for arch in facts.get(f"{part}_ARCHS", ()))]
+        targets += [f"newer ones by the PTX of compute_{arch}" for arch in facts.get(f"{part}_PTX", ())]
+        yield "", f"for {', '.join(targets)}"
     if newer := changed_since_build():
         yield "", f"OUT OF DATE: {newer} was changed after the build; run pip install -e . again"
 
@@ -99,11 +104,13 @@ def _build() -> Iterable[tuple[str, str]]:
 def changed_since_build() -> str:
     """In an editable install, a source that is newer than the module compiled from it."""
     package = Path(bssn_kernels.__file__).parent
-    modules = [module.stat().st_mtime for module in package.glob("_cpu.*.so")]
     csrc = package.parent / "csrc"
-    sources = [*csrc.glob("*.h"), *csrc.glob("cpu/*.*")]
-    changed = [source for source in sources if modules and source.stat().st_mtime > max(modules)]
-    return str(changed[0].relative_to(package.parent)) if changed else ""
+    for part in ("cpu", "cuda"):
+        modules = [module.stat().st_mtime for module in package.glob(f"_{part}.*.so")]
+        for source in (*csrc.glob("*.h"), *csrc.glob(f"{part}/*.*")):
+            if modules and source.stat().st_mtime > max(modules):
+                return str(source.relative_to(package.parent))
+    return ""
 
 
 def _cpu() -> Iterable[tuple[str, str]]:

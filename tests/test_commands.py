@@ -1,5 +1,6 @@
 """``python -m bssn_kernels``: what doctor says, and how bench is reached."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,13 @@ import bssn_kernels
 from bssn_kernels import __main__ as commands
 from bssn_kernels import backends
 from bssn_kernels.backends import cpu
+
+
+def built(monkeypatch, **facts):
+    """Let setup.py have noted these facts."""
+    info = types.SimpleNamespace(**facts)
+    monkeypatch.setitem(sys.modules, "bssn_kernels._build_info", info)
+    monkeypatch.setattr(bssn_kernels, "_build_info", info, raising=False)
 
 
 def doctor(capsys):
@@ -58,10 +66,37 @@ def test_doctor_gives_each_reason_and_a_missing_backend_is_no_failure(capsys, mo
 
 
 def test_doctor_says_that_the_build_left_the_module_out(capsys, monkeypatch):
-    info = types.SimpleNamespace(CPU_REASON="the compiler is on holiday")
-    monkeypatch.setitem(sys.modules, "bssn_kernels._build_info", info)
-    monkeypatch.setattr(bssn_kernels, "_build_info", info, raising=False)
-    assert re.search(r"^build +without the compiled part: the compiler is on holiday$", doctor(capsys), re.MULTILINE)
+    built(monkeypatch, CPU_REASON="the compiler is on holiday", CUDA_REASON="no nvcc was found")
+    text = doctor(capsys)
+    assert re.search(r"^build cpu +left out: the compiler is on holiday$", text, re.MULTILINE)
+    assert re.search(r"^build cuda +left out: no nvcc was found$", text, re.MULTILINE)
+
+
+def test_doctor_says_how_each_module_was_built(capsys, monkeypatch):
+    cpu = {"CPU_REASON": "", "CPU_COMPILER": "g++ 12", "CPU_FLAGS": "-O3", "CPU_ISAS": ("plain", "avx2")}
+    cuda = {"CUDA_REASON": "", "CUDA_COMPILER": "nvcc 13.0", "CUDA_FLAGS": "-lineinfo", "CUDA_ARCHS": ("80", "90")}
+    built(monkeypatch, **cpu, **cuda, CUDA_PTX=("90",))
+    words = [" ".join(line.split()) for line in doctor(capsys).splitlines()]
+    begin = words.index("build cpu g++ 12, -O3")
+    assert words[begin + 1 : begin + 4] == [
+        "for plain, avx2",
+        "build cuda nvcc 13.0, -lineinfo",
+        "for sm_80, sm_90, newer ones by the PTX of compute_90",
+    ]
+
+
+def test_a_source_newer_than_its_module_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(bssn_kernels, "__file__", str(tmp_path / "bssn_kernels" / "__init__.py"))
+    ages = {"bssn_kernels/_cpu.x.so": 3, "bssn_kernels/_cuda.x.so": 3, "csrc/cuda/forward.cu": 2, "csrc/cpu/b.cpp": 1}
+    for name, age in ages.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (age, age))
+    assert commands.changed_since_build() == ""
+    os.utime(tmp_path / "csrc/cuda/forward.cu", (4, 4))
+    assert commands.changed_since_build() == os.path.join("csrc", "cuda", "forward.cu")
+    (tmp_path / "bssn_kernels/_cuda.x.so").unlink()  # nothing was compiled from it
+    assert commands.changed_since_build() == ""
 
 
 def test_doctor_says_that_nothing_was_built(capsys, monkeypatch):

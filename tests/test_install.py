@@ -9,17 +9,16 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from builds import ROOT, build, built_facts, compiled, make_tree, python, run
 
 import bssn_kernels
 from bssn_kernels.__main__ import changed_since_build
 
-ROOT = Path(__file__).resolve().parents[1]
 COMPILED = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64") and shutil.which("g++")
 needs_compiler = pytest.mark.skipif(not COMPILED, reason="no g++, or a platform that the compiled part is not made for")
 
@@ -62,40 +61,11 @@ NAMES = """
 """
 
 
-def run(command, cwd, **env):
-    """Run in an environment without the variables that steer a build, and with these."""
-    steering = {"CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS", "BSSN_CPU", "BSSN_STRICT", "PYTHONDONTWRITEBYTECODE"}
-    env = {name: value for name, value in os.environ.items() if name not in steering} | env
-    return subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def python(code, cwd, **env):
-    """Run Python code far from the checkout; its output."""
-    result = run([sys.executable, "-c", code], cwd, **env)
-    assert result.returncode == 0, result.stdout
-    return result.stdout.strip()
-
-
 @pytest.fixture
 def tree(tmp_path):
-    """A source tree with a stand-in for the package and for csrc."""
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    files = {
-        "bssn_kernels/__init__.py": '__version__ = "1.2.3"\n',
-        "csrc/names.h": NAMES,
-        "csrc/cpu/kernel.h": "",
-        "csrc/cpu/normalize.cpp": KERNEL,
-        "csrc/cpu/bindings.cpp": BINDINGS,
-    }
-    for name, text in files.items():
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).write_text(text)
-    return tree
+    """A source tree with a stand-in for csrc/cpu, and none for csrc/cuda."""
+    cpu = {"kernel.h": "", "normalize.cpp": KERNEL, "bindings.cpp": BINDINGS}
+    return make_tree(tmp_path / "tree", {"names.h": NAMES, **{f"cpu/{name}": text for name, text in cpu.items()}})
 
 
 @pytest.fixture
@@ -107,22 +77,12 @@ def real_tree(tree):
     return tree
 
 
-def build(tree, **env):
-    """Build as an editable install does."""
-    env.setdefault("CXXFLAGS", "-O0")
-    code = "from setuptools import build_meta; build_meta.build_editable('wheels')"
-    return run([sys.executable, "-c", code], tree, **env)
-
-
 def modules(tree):
     return list((tree / "bssn_kernels").glob("_cpu*"))
 
 
 def reason(tree):
-    """CPU_REASON of the generated file."""
-    facts = {}
-    exec((tree / "bssn_kernels" / "_build_info.py").read_text(), facts)
-    return facts["CPU_REASON"]
+    return built_facts(tree)["CPU_REASON"]
 
 
 @needs_compiler
@@ -143,14 +103,12 @@ def test_build_compiles_every_instruction_set_and_uses_the_openmp_of_torch(tree)
 
 @needs_compiler
 def test_build_makes_only_what_changed(tree):
-    def compiled():
-        """Objects made by one build. (New isolated environments move pybind11, which only bindings.o knows.)"""
-        return set(re.findall(r"compile .*/([\w.]+)\.o$", build(tree, MAX_JOBS="2").stdout, re.MULTILINE))
-
-    assert {"bindings", "normalize.plain"} <= compiled()
-    assert compiled() == set()
+    assert {"bindings", "normalize.plain"} <= compiled(build(tree, MAX_JOBS="2"))
+    assert compiled(build(tree, MAX_JOBS="2")) == set()
     (tree / "csrc" / "cpu" / "kernel.h").write_text("// changed")
-    assert "normalize.plain" in (changed := compiled()) and "bindings" not in changed
+    changed = compiled(build(tree, MAX_JOBS="2"))
+    assert "normalize.plain" in changed
+    assert "bindings" not in changed  # (new isolated environments move pybind11, which only bindings.o knows)
 
 
 @needs_compiler
