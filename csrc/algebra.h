@@ -59,7 +59,9 @@ BSSN_HOST_DEVICE static inline void finish_layer(const LayerRow& row, const Dire
                                                  double learnable_gain, A* scalars) {
   const double weights[2] = {row.weight_out, row.weight_in};
   double mean = 0;
-  for (int d = 0; d < row.directions; ++d) mean += weights[d] * directions[d].sigma;
+  // Loops to a constant are unrolled, and a device keeps the directions in registers.
+  for (int d = 0; d < 2; ++d)
+    if (d < row.directions) mean += weights[d] * directions[d].sigma;
   const bool below = row.floor > 0 && mean <= row.floor;
   const double divisor = below ? row.floor : mean;
   const bool zero = divisor == 0;
@@ -70,7 +72,8 @@ BSSN_HOST_DEVICE static inline void finish_layer(const LayerRow& row, const Dire
   scalars[k_sigma] = A(mean);
   scalars[k_multiplier] = A(multiplier);
   scalars[k_slope_gain] = A(fixed);
-  for (int d = 0; d < row.directions; ++d) {
+  for (int d = 0; d < 2; ++d) {
+    if (d >= row.directions) break;
     const DirectionResult& one = directions[d];
     scalars[k_sigma_out + d] = A(one.sigma);
     scalars[k_slope_out + d] = A(iterated && one.sigma == 0 ? 0.0 : slope * weights[d] * one.alpha);

@@ -131,7 +131,7 @@ FAULTS = {
         "      A* const mine = shared.scratch + thread() * n;",
     ),
     "the counters are not cleared": ("collectives.cuh", "launch.counters[i] = 0;", "launch.counters[i] += 0;"),
-    "a counter is never raised": ("products.cuh", "  raise(launch.counters, block.done, &shared.count);\n", ""),
+    "a counter is never raised": ("sums.cuh", "  raise(launch.counters, block.done, &shared.count);\n", ""),
 }
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ptx import ACQUIRE, BARRIER, RELEASE, unordered
 from sass import count, innermost_loops, instructions
 
 from bssn_kernels.backends._geometry import COLS, ROWS
@@ -136,30 +137,6 @@ def test_cache_policies(kernels):
         assert "createpolicy.fractional.L2::evict_first" in k["ptx"], k["name"]
         assert re.search(r"ld\.global\.L1::evict_first\.L2::cache_hint", k["ptx"]), k["name"]
         assert re.search(r"st\.global\.L1::evict_first\.L2::cache_hint\.v[24]", k["ptx"]), k["name"]
-
-
-BARRIER, STORE = re.compile(r"\bbar\.sync\b"), re.compile(r"\bst\.global\b")
-RELEASE = re.compile(r"\batom\.global\.gpu\.(acq_rel|release)\b")
-ACQUIRE = re.compile(r"\b(ld\.global\.gpu\.acquire|atom\.global\.gpu\.acquire)\b")
-LOAD = re.compile(r"\bld\.global\b(?!\.gpu\.acquire)")
-
-
-def unordered(ptx: str) -> list[str]:
-    """Releasing atomics with a store since the last barrier, acquiring loads with no barrier before the next load."""
-    stored, acquired, faults = "", "", []
-    for line in ptx.splitlines():
-        if BARRIER.search(line):
-            stored = acquired = ""
-        elif ACQUIRE.search(line):
-            acquired = line
-        elif RELEASE.search(line):
-            if stored:
-                faults.append(f"released without a barrier after {stored.strip()}")
-        elif STORE.search(line):
-            stored = line
-        elif LOAD.search(line) and acquired:
-            faults.append(f"{line.strip()} follows {acquired.strip()} without a barrier")
-    return faults
 
 
 def test_order_of_memory(kernels):

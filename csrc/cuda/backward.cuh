@@ -7,6 +7,7 @@
 #pragma once
 
 #include "products.cuh"
+#include "sums.cuh"
 
 namespace bssn {
 namespace cuda {

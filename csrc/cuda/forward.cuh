@@ -17,6 +17,7 @@
 
 #include "../algebra.h"
 #include "products.cuh"
+#include "sums.cuh"
 
 namespace bssn {
 namespace cuda {

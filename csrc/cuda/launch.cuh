@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "normalize.h"
-#include "products.cuh"
+#include "vectors.cuh"
 
 namespace bssn {
 namespace cuda {

@@ -1,0 +1,26 @@
+"""The order of memory in PTX: what stands between stores and a release, and between an acquire and loads."""
+
+import re
+
+BARRIER, STORE = re.compile(r"\b(bar|barrier)\.sync\b"), re.compile(r"\bst\.(volatile\.)?global\b")
+RELEASE = re.compile(r"\batom\.(global\.gpu\.)?(acq_rel|release)\b")
+ACQUIRE = re.compile(r"\b(ld\.global\.gpu\.acquire|ld\.acquire\.gpu\.global|atom\.global\.gpu\.acquire)\b")
+LOAD = re.compile(r"\bld\.global\b(?!\.gpu\.acquire)")
+
+
+def unordered(ptx: str) -> list[str]:
+    """Releasing atomics with a store since the last barrier, acquiring loads with no barrier before the next load."""
+    stored, acquired, faults = "", "", []
+    for line in ptx.splitlines():
+        if BARRIER.search(line):
+            stored = acquired = ""
+        elif ACQUIRE.search(line):
+            acquired = line
+        elif RELEASE.search(line):
+            if stored:
+                faults.append(f"released without a barrier after {stored.strip()}")
+        elif STORE.search(line):
+            stored = line
+        elif LOAD.search(line) and acquired:
+            faults.append(f"{line.strip()} follows {acquired.strip()} without a barrier")
+    return faults

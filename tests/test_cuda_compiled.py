@@ -1,0 +1,146 @@
+"""What the CUDA kernels compile to, read from the module of this installation: code, resources, accesses, order."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from ptx import ACQUIRE, RELEASE, unordered
+from sass import count, innermost_loops, instructions, loops_around
+
+from bssn_kernels.backends._compiled import build_reason
+
+THREADS = 128
+# Programs an SM for which registers are handed out; forward.cu and backward.cu have the reasons.
+RESIDENT = {("forward", "f"): (4, 3), ("forward", "d"): (4, 3), ("forward", "h"): (3, 3), ("backward", None): (3, 2)}
+
+
+def module_file() -> Path | None:
+    spec = importlib.util.find_spec("bssn_kernels._cuda")
+    return spec and Path(spec.origin)
+
+
+def cuobjdump() -> str | None:
+    """That of the toolkit, or the one that comes with Triton."""
+    places = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
+    spec = importlib.util.find_spec("triton")
+    if spec and spec.origin:
+        places.append(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which("cuobjdump") or next(filter(None, (shutil.which("cuobjdump", path=p) for p in places)), None)
+
+
+MISSING = (build_reason("cuda") or "bssn_kernels._cuda is not there") if module_file() is None else ""
+MISSING = MISSING or ("" if cuobjdump() else "no cuobjdump, of the CUDA toolkit or of Triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING) and os.environ.get("BSSN_STRICT") != "1", reason=MISSING or "it is built"),
+]
+
+
+def dump(*arguments: str) -> str:
+    assert not MISSING, MISSING
+    command = [cuobjdump(), *arguments, str(module_file())]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def kernel_of(mangled: str) -> tuple[str, str, bool] | None:
+    """forward or backward, type of the weights (f, d, or h for both kinds of half precision), role 1."""
+    found = re.search(r"\d+(forward|backward)_kernelI(f|d|6__half|13__nv_bfloat16)Lb([01])E", mangled)
+    return found and (found[1], {"f": "f", "d": "d"}.get(found[2], "h"), found[3] == "1")
+
+
+@pytest.fixture(scope="module")
+def facts():
+    from bssn_kernels import _build_info
+
+    return _build_info
+
+
+@pytest.fixture(scope="module", params=["80", "90", "100"])
+def sass(request, facts) -> list[tuple[tuple[str, str, bool], str]]:
+    """The kernels for one architecture."""
+    if request.param not in facts.CUDA_ARCHS:
+        pytest.skip(f"this build is for {', '.join(facts.CUDA_ARCHS)} alone")
+    text = dump("--dump-sass", "--gpu-architecture", f"sm_{request.param}")
+    parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)
+    kernels = [(kernel_of(name), body) for name, body in zip(parts[1::2], parts[2::2]) if kernel_of(name)]
+    assert len(kernels) == 16, "two kernels for four types, each with and without role 1"
+    return kernels
+
+
+def test_code_for_every_architecture(facts):
+    found = set(re.findall(r"sm_(\d+)", dump("--list-elf")))
+    assert found == set(facts.CUDA_ARCHS)
+    assert set(re.findall(r"sm_(\d+)", dump("--list-ptx"))) == set(facts.CUDA_PTX)
+
+
+def test_registers_and_shared_memory(facts):
+    """So few that the programs meant to reside do; nothing is spilled, shared memory is asked for at the launch."""
+    text, seen = dump("--dump-resource-usage"), 0
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for name, registers, stack, shared, local in re.findall(pattern, text):
+        kernel = kernel_of(name)
+        if kernel is None:
+            continue
+        which, dtype, both = kernel
+        programs = RESIDENT.get((which, dtype), RESIDENT.get((which, None)))[both]
+        assert int(registers) <= min(65536 // (programs * THREADS) // 8 * 8, 255), f"{name}: {registers} registers"
+        assert int(stack) == int(local) == 0, f"{name}: {stack} bytes of stack, {local} of local memory"
+        assert int(shared) <= 1024, name
+        seen += 1
+    assert seen == 16 * len(facts.CUDA_ARCHS)
+
+
+def test_products_and_updates_copy_16_bytes_at_a_time(sass):
+    """Asynchronously, a step of kPieces copies at once; in no such loop is anything spilled or called."""
+    for kernel, text in sass:
+        which, dtype, _ = kernel
+        steps = [body for body in loops_around(text, "LDGSTS") if count(body, "FFMA") + count(body, "DFMA")
+                 + count(body, "FMUL") + count(body, "DMUL")]  # fmt: skip
+        assert len(steps) == (2 if which == "forward" else 3), kernel
+        for body in steps:
+            pieces = 2 if dtype == "h" else 4
+            assert count(body, "LDGSTS") == count(body, "LDGSTS", "128") == pieces, kernel
+            assert count(body, "LDS", "128") + count(body, "LD", "128") >= pieces, kernel
+            assert not count(body, "LDL") and not count(body, "STL"), kernel
+
+
+def test_flat_passes_access_16_bytes_at_a_time(sass):
+    """Scaling into the weights' own type, and <G, W>: four accesses on their way, past L1, first to leave L2."""
+    for kernel, text in sass:
+        loops = [b for b in innermost_loops(text) if count(b, "LDG", "128") and count(b, "LDG", "NA")]
+        stores = kernel[0] == "forward"
+        loops = [b for b in loops if count(b, "LDG") == count(b, "LDG", "128")]
+        wide = [b for b in loops if not stores or count(b, "STG", "128")]
+        assert wide, kernel
+        for body in wide:
+            assert count(body, "LDG", "NA") >= 4 and not count(body, "LDL") and not count(body, "STL"), kernel
+            assert count(body, "STG") == count(body, "STG", "NA"), kernel
+
+
+def test_updates_write_16_bytes_at_a_time(sass):
+    for kernel, text in sass:
+        if kernel[0] == "backward":
+            assert any(count(b, "STG", "128") == count(b, "STG") > 0 for b in loops_around(text, "LDGSTS")), kernel
+
+
+def test_nothing_is_read_past_the_caches_that_this_launch_writes(sass):
+    """No read-only loads: the compiler must not take a vector for constant."""
+    for kernel, text in sass:
+        assert not [i for i in instructions(text) if i.name.startswith("LDG") and "CONSTANT" in i.name], kernel
+
+
+def test_order_of_memory():
+    """A barrier stands between stores and each releasing atomic, and after each acquire."""
+    text = dump("--dump-ptx")
+    parts = re.split(r"^\.visible \.entry (\S+)\(", text, flags=re.MULTILINE)
+    kernels = [(name, body) for name, body in zip(parts[1::2], parts[2::2]) if kernel_of(name)]
+    assert len(kernels) == 16
+    for name, body in kernels:
+        assert not unordered(body), name
+        assert len(RELEASE.findall(body)) >= 4 and ACQUIRE.search(body), name
+        assert "createpolicy.fractional.L2::evict_first" in body, name
+        assert "ld.global.nc" not in body, name
