@@ -107,8 +107,8 @@ class Session:
     def add_bound(self, name: str, tasks: Mapping[str, Task]) -> None:
         """A row of something that is no provider, timed in the same rounds."""
         self.rows.append(Row(name, tasks=dict(tasks)))
-        if name == CLONE:
-            self._take_memory(self.rows[-1])
+        if name == CLONE and self.meter and self.meter.FIRST_CALLS:
+            self.take_memory(self.rows[-1])
 
     def add(self, provider: Provider, variant: str) -> None:
         """A provider's row; where it raises or its numbers are wrong the row says so and will have no times."""
@@ -123,8 +123,8 @@ class Session:
         try:
             root = provider.make(self.subject, variant)
             row.tasks = provider.tasks(root, self.grads)
-            if self.meter and self.meter.FIRST_CALLS:
-                self._take_memory(row)
+            if self.meter and self.meter.FIRST_CALLS and not (row.graph or row.compiled):
+                self.take_memory(row)
             row.errors = compare(root, variant, self.grads, row.tasks["both"])
             row.refused = row.errors.refusal(self.subject.weights[0].dtype)
             if not row.refused:
@@ -160,13 +160,14 @@ class Session:
         row.refused = row.refused or text
         row.times.clear()
 
-    def _take_memory(self, row: Row) -> None:
-        """Peaks less what the results themselves take."""
-        if self.meter is None or (memory := self.meter.measure(list(row.tasks.values()))) is None:
+    def take_memory(self, row: Row) -> None:
+        """Peaks of "forward" and "both" less what the results themselves take."""
+        timed = [row.tasks[what] for what in ("forward", "both") if what in row.tasks]
+        if self.meter is None or (memory := self.meter.measure(timed)) is None:
             return
         results = sum(w.nbytes for w in self.subject.weights)
         gradients = sum({w.data_ptr(): w.nbytes for w in self.subject.weights}.values())
-        for what, peak in zip(row.tasks, memory.peaks):
+        for what, peak in zip(("forward", "both"), memory.peaks):
             row.extra[what] = peak - results - gradients * (what == "both")
         row.kept = memory.kept
 
