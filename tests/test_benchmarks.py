@@ -65,13 +65,15 @@ def by_label(record: dict) -> dict[str, dict]:
 def test_every_provider_is_right_and_timed(tmp_path, capsys, options):
     code, (case,) = measured(tmp_path, "--workload", "tiny", *options)
     printed = capsys.readouterr().out
-    assert code == 0
+    assert code == 0, printed
     assert (case["layers"], case["bytes"]) == (3, (432 + 240 + 70) * (2 if options[:1] == ["--dtype"] else 4))
     rows = by_label(case)
     left_out = {label for label, row in rows.items() if row.get("left_out")}
     bounds = {"copy": {"forward"}, "clone": {"forward"}, "floor": {"forward"}, "three_stream": {"backward"}}
-    assert set(rows) - left_out == {*(f"{p} sn" for p in ALL), *(f"{p} bssn" for p in ALL[2:]), *bounds}
-    assert left_out == {f"{form} {way} sn" for form in ALL[:2] for way in ("graph", "default", "reduce-overhead")}
+    rough = {"authors sn", "authors bssn"} if "bfloat16" in options else set()
+    assert set(rows) - left_out == {*(f"{p} sn" for p in ALL), *(f"{p} bssn" for p in ALL[2:]), *bounds} - rough
+    ways = ("graph", "default", "reduce-overhead")
+    assert left_out == {f"{form} {way} sn" for form in ALL[:2] for way in ways} | rough
     for label in set(rows) - left_out:
         row = rows[label]
         assert not row.get("refused") and not row.get("notes")
