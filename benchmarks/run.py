@@ -8,8 +8,9 @@
     python -m benchmarks.run --compare HEAD~3 HEAD --workload sngan32
 
 Parts: "tables" (forward and backward of whole sets of weights), "scaling" (against layers, bytes, iterations, threads),
-"steps" (whole steps of discriminators). What a provider computes is compared with float64 before it is timed. The exit
-code is 1 if a provider or a case failed; missed targets are results, not failures, and who cannot run here says why.
+"steps" (whole steps of discriminators), "breakdown" (where the time of our small sets goes, on a CPU). What a provider
+computes is compared with float64 before it is timed. The exit code is 1 if a provider or a case failed; missed targets
+are results, not failures, and who cannot run here says why.
 
 On a GPU every case runs in a process of its own, the most telling first, so that a kernel that kills its device or
 never ends costs one case; on the CPU all run here.
@@ -27,6 +28,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.breakdown import WORKLOADS as BREAKDOWNS
+from benchmarks.breakdown import breakdown_table, measure_breakdown
 from benchmarks.child import Say, apart
 from benchmarks.compare import compare
 from benchmarks.measure import measure, run_child
@@ -47,7 +50,7 @@ from bssn_kernels.bench.workloads import WORKLOADS, UsageError
 from bssn_kernels.variants import variants
 
 FORMAT = "bssn_kernels benchmarks 2"
-PARTS = ("tables", "scaling", "steps")
+PARTS = ("tables", "scaling", "steps", "breakdown")
 CASE_S, COMPILED_CASE_S, PART_S = 150.0, 400.0, 200.0
 LEAST_S = 25.0  # a case is not begun with less
 RETRIES = 4
@@ -95,13 +98,25 @@ def measure_step(name: str, args: argparse.Namespace, say: Say) -> dict[str, Any
     return measure_steps(name, torch.device(args.device), args.batch, args.repeats or args.step_repeats, args.seconds)
 
 
+def measure_parts(name: str, args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    return measure_breakdown(name, torch.device(args.device), repeats=args.repeats)
+
+
+# By part: the kind of its records, what does the work, and how a record is printed.
+WORK: dict[str, tuple[str, Callable[..., dict], Callable[[dict], str]]] = {
+    "scaling": ("scaling", measure_curves, curve_table),
+    "steps": ("step", measure_step, lambda record: steps_table([record])),
+    "breakdown": ("breakdown", measure_parts, breakdown_table),
+}
+
+
 def other_parts(args: argparse.Namespace, end: float, write: Callable[[dict], None]) -> None:
-    """Curves and whole steps, by the same rules."""
-    jobs = [("scaling", name, measure_curves) for name in args.curve or CURVES]
-    jobs += [("step", name, measure_step) for name in args.model or MODELS]
-    for kind, name, work in jobs:
-        if {"scaling": "scaling", "step": "steps"}[kind] not in args.part:
-            continue
+    """Curves, whole steps and breakdowns, by the same rules."""
+    names = {"scaling": args.curve or CURVES, "steps": args.model or MODELS}
+    if args.device == "cpu" and "cpu" in backends.natural("cpu"):
+        names["breakdown"] = args.workload or BREAKDOWNS
+    for part, name in [(part, name) for part, of_part in names.items() if part in args.part for name in of_part]:
+        kind, work, shown = WORK[part]
         nothing, left = {"kind": kind, "name": name, "rows": []}, end - time.monotonic()
         progress(f"{kind}: {name}")
         if left < LEAST_S:
@@ -114,7 +129,7 @@ def other_parts(args: argparse.Namespace, end: float, write: Callable[[dict], No
             except Exception as error:
                 record = nothing | {"failed": told(error)}
         if not record.get("failed"):
-            print(curve_table(record) if kind == "scaling" else steps_table([record]), flush=True)
+            print(shown(record), flush=True)
         write(record)
 
 

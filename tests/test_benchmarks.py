@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bssn_kernels import algebra, backends, bench, functional
+from bssn_kernels import algebra, backends, bench, functional, ops
 from bssn_kernels.backends import _order, triton
 from bssn_kernels.backends._schedule import ForwardSchedule
 from bssn_kernels.bench import measure as measuring
@@ -27,7 +27,20 @@ ROOT = Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as monkey:
     monkey.syspath_prepend(ROOT)
     import benchmarks.experiments.__main__ as experiments
-    from benchmarks import authors, compare, measure, models, providers, report, results, run, scaling, steps, targets
+    from benchmarks import (
+        authors,
+        breakdown,
+        compare,
+        measure,
+        models,
+        providers,
+        report,
+        results,
+        run,
+        scaling,
+        steps,
+        targets,
+    )
     from benchmarks import verify as refusing
     from benchmarks.experiments import correctness, groups, speed
     from benchmarks.workloads import CPU_CASES, GPU_CASES, Case
@@ -52,7 +65,7 @@ def measured(tmp_path, *options: str) -> tuple[int, list[dict]]:
     """Exit code and records of a run on the CPU."""
     file = tmp_path / "out.jsonl"
     usual = ["--repeats", "3", "--backend", "cpu", "reference"]
-    part = () if options[0] == "scaling" else ("tables",)
+    part = () if options[0] in ("scaling", "breakdown") else ("tables",)
     code = run.main([*part, *options, *usual, "--json", str(file)])
     return code, report.load(file)[1]
 
@@ -609,6 +622,27 @@ class TestScaling:
         assert ours["over_floor"] == pytest.approx(2078 / 1034) and ours["met"] is False and "met" not in floor
 
 
+class TestBreakdown:
+    def test_parts_exclude_each_other(self, monkeypatch):
+        clock = iter([0.0, 1.0, 3.0, 3.5, 4.5, 6.0])
+        monkeypatch.setattr(breakdown.time, "perf_counter", lambda: next(clock))
+        watch = breakdown.Stopwatch()
+        inner = watch.around("inner", lambda: None)
+        watch.around("outer", lambda: (inner(), inner()))()
+        assert watch.seconds == {"inner": 3.0, "outer": 3.0}
+
+    def test_all_parts_are_hit_and_nothing_stays_patched(self, tmp_path, capsys):
+        usual = backends.get("cpu").normalize, ops.Attach.backward, torch.autograd.backward
+        code, (record,) = measured(tmp_path, "breakdown", "--workload", "tiny")
+        assert code == 0 and record["layers"] == 3
+        assert (backends.get("cpu").normalize, ops.Attach.backward, torch.autograd.backward) == usual
+        forward, both = (set(row["parts"]) for row in record["rows"])
+        assert forward == {"kernel", "results, addresses", "autograd: node", "store vectors", breakdown.REST}
+        assert both - forward == {"autograd: engine", "node's backward"}
+        assert all(seconds > 0 for row in record["rows"] for seconds in row["parts"].values())
+        assert "whole, without the stopwatch" in capsys.readouterr().out
+
+
 class TestSteps:
     @staticmethod
     def small() -> torch.nn.Module:
@@ -767,4 +801,4 @@ class TestResults:
     def test_unknown_part(self, capsys):
         with pytest.raises(SystemExit):
             run.main(["nonsense"])
-        assert "expected parts of tables, scaling, steps" in capsys.readouterr().err
+        assert "expected parts of tables, scaling, steps, breakdown" in capsys.readouterr().err
