@@ -121,10 +121,12 @@ stage_sanitizer() {
   done
 }
 
-# Told to end a little before they would be stopped.
+# Told to end a little before they would be stopped. Curves and whole steps only where the stage has the time to itself.
 stage_bench() {
-  run bench "all cases" python3 -m benchmarks.run --device cuda --json "$out/gpu_${gpu}_bench.jsonl" \
-    --deadline $(($(left) - 5))
+  local parts=()
+  [ ${#stages[@]} -eq 1 ] || parts=(tables)
+  run bench "${parts[*]:-all parts}" python3 -m benchmarks.run "${parts[@]}" --device cuda \
+    --json "$out/gpu_${gpu}_bench.jsonl" --deadline $(($(left) - 5))
 }
 
 stage_experiments() {

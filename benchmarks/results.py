@@ -50,6 +50,10 @@ def markdown(head: Record, records: Sequence[Record]) -> Iterable[str]:
     if curve:
         yield ""
         yield from growth_table(curve)
+    parts = [r for r in records if r["kind"] == "breakdown" and not r.get("failed")]
+    if parts:
+        yield ""
+        yield from parts_table(parts)
     steps = [r for r in records if r["kind"] == "step" and not r.get("failed")]
     if steps:
         yield ""
@@ -131,6 +135,18 @@ def growth_table(record: Record) -> Iterable[str]:
             ratio = with_target(times(one["over_floor"]), target)
             what = {"forward": "forward", "both": "forward + backward"}[one["what"]]
             yield f"| {one['provider']}, {what} | {one['per_layer'] * 1e6:.1f} | {ratio} |"
+
+
+def parts_table(records: Sequence[Record]) -> Iterable[str]:
+    """Where the time of a forward with its backward goes."""
+    rows = [(record, row) for record in records for row in record["rows"] if row["what"] == "both"]
+    names = list(dict.fromkeys(part for _, row in rows for part in row["parts"]))
+    yield f"| us of a forward + backward | {' | '.join(names)} |"
+    yield f"|---|{'---|' * len(names)}"
+    for record, row in rows:
+        cells = [number(row["parts"].get(name), 1e6, 0) for name in names]
+        head = f"`{record['workload']}`, {record['layers']} layers, {record['backend']} {record['variant']}"
+        yield f"| {head} | {' | '.join(cells)} |"
 
 
 def step_table(records: Sequence[Record]) -> Iterable[str]:

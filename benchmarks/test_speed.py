@@ -20,7 +20,7 @@ from bssn_kernels.bench.verify import compare
 
 DEVICE = torch.device(os.environ.get("BSSN_BENCH_DEVICE", "cpu"))
 WORKLOADS = ("sngan32", "paper_cnn")
-ROUNDS = 10
+ROUNDS = 5
 PROVIDERS = {
     f"{p.name} {variant}": (p, variant)
     for variant in ("sn", "bssn")

@@ -540,7 +540,7 @@ class TestScript:
         assert found["build"] == "FAILED (1)" and found["missing: numpy"] == "FAILED"
         assert found["random groups"] == "left out"
         assert found["pytest -m device"] == found["small groups alone"] == found["all"] == "ok"
-        assert found["all cases"] == "FAILED (1)"
+        assert found["tables"] == "FAILED (1)"
         assert "bench summary\n  all measured" in ended.stdout and "experiments summary\n  exp" in ended.stdout
         assert "strict 1" in (home / "out" / "gpu_h999_tests.txt").read_text()
         assert (home / "out" / "gpu_h999_check.txt").read_text().splitlines() == summary
@@ -548,6 +548,7 @@ class TestScript:
     def test_one_stage(self, home):
         ended = self.call(home, "experiments")
         assert ended.returncode == 0 and len(ended.stdout[ended.stdout.index("stages on") :].splitlines()) == 2
+        assert "all parts" in self.call(home, "bench").stdout
 
     def test_unknown_stage(self, home):
         ended = self.call(home, "nonsense")
@@ -767,7 +768,9 @@ class TestResults:
         growth |= {"limit": 1.5, "met": False}
         cases = [case_record("vit_b", 10**9, parametrization=10.0, hook=6.0, foreach=4.0, cpu=2.0)]
         cases.append(case_record("dcgan_g", 10**6, parametrization=10.0, cpu=4.0))
-        return [*cases, curve | {"growth": [growth]}, step | {"rows": rows} | steps.shares(rows)]
+        parts = {"kind": "breakdown", "name": "breakdown of dcgan_g", "workload": "dcgan_g", "layers": 4}
+        parts |= {"backend": "cpu", "variant": "sn", "rows": [row | {"what": "both", "parts": {"kernel": 12e-6, "rest": 7e-6}}]}
+        return [*cases, curve | {"growth": [growth]}, parts, step | {"rows": rows} | steps.shares(rows)]
 
     def test_pictures(self, records, tmp_path, capsys):
         pytest.importorskip("matplotlib")
@@ -787,9 +790,10 @@ class TestResults:
         assert run.main(["--show", str(tmp_path / "out.jsonl"), "--readme", str(readme)]) == 0
         text = readme.read_text()
         assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
-        large, small = (line for line in text.splitlines() if line.startswith(("| `vit_b`, 3", "| `dcgan_g`")))
+        large, small = (line for line in text.splitlines() if line.startswith(("| `vit_b`, 3", "| `dcgan_g`, 3")))
         assert "5.00x (≥ 3: met)" in large and "5.00x (≥ 5: met)" in large and "2.00x (foreach sn)" in large
         assert "2.50x (≥ 3: **missed**)" in small and "9.0 (≤ 8: **missed**)" in small and "1.00 (≤ 1.5: met)" in large
+        assert "| us of a forward + backward | kernel | rest |" in text and "cpu sn | 12 | 7 |" in text
         assert "2.00x (≤ 1.5: **missed**)" in text and "| 50.0% | 1250 (cpu sn) | 20.0% | 1.60x |" in text
 
     def test_no_marks(self, records, tmp_path, capsys):
