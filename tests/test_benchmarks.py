@@ -769,7 +769,8 @@ class TestResults:
         cases = [case_record("vit_b", 10**9, parametrization=10.0, hook=6.0, foreach=4.0, cpu=2.0)]
         cases.append(case_record("dcgan_g", 10**6, parametrization=10.0, cpu=4.0))
         parts = {"kind": "breakdown", "name": "breakdown of dcgan_g", "workload": "dcgan_g", "layers": 4}
-        parts |= {"backend": "cpu", "variant": "sn", "rows": [row | {"what": "both", "parts": {"kernel": 12e-6, "rest": 7e-6}}]}
+        shares = {"kernel": 12e-6, "rest": 7e-6}
+        parts |= {"backend": "cpu", "variant": "sn", "rows": [row | {"what": "both", "parts": shares}]}
         return [*cases, curve | {"growth": [growth]}, parts, step | {"rows": rows} | steps.shares(rows)]
 
     def test_pictures(self, records, tmp_path, capsys):
