@@ -22,16 +22,16 @@ def draw(head: Record, records: Sequence[Record], folder: Path) -> list[Path]:
     """All pictures for which something was measured, as PNG files in the folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    pictures: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
-        "speedup": speedup,
-        "roofline": roofline,
-        "scaling": scaling,
-        "steps": steps,
+    pictures: dict[Callable[[Sequence[Record]], Figure | None], str] = {
+        speedup: "Speed-up over torch's parametrization (SN) of the same rounds",
+        roofline: "Bytes that must move, over time, in units of the copy of the same rounds",
+        scaling: "How the time of a call grows",
+        steps: "A whole discriminator step: data, two forwards, loss, backward, Adam",
     }
-    for name, make in pictures.items():
-        figure = make(records)
+    for make, title in pictures.items():
+        figure, name = make(records), make.__name__
         if figure is not None:
-            figure.text(0.995, 0.005, machine_line(head), ha="right", va="bottom", fontsize=6, color="#666666")
+            figure.suptitle(f"{title}\n{machine_line(head)}", fontsize=9)
             drawn.append(folder / f"{name}.png")
             figure.savefig(drawn[-1], dpi=110, metadata={"Software": None})
     return drawn
@@ -82,10 +82,17 @@ def speedup(records: Sequence[Record]) -> Figure | None:
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_ylabel(f"native / provider\n{title}")
         axes.margins(y=0.16)
-        if what == "forward":
-            axes.legend(ncols=len(series), fontsize=7.5, loc="upper right")
-            axes.set_title("Speed-up over torch's parametrization (SN) of the same rounds", fontsize=10)
+    legend_below(figure)
     return figure
+
+
+def legend_below(figure: Figure) -> None:
+    """One legend for all axes, below them, so that it hides nothing."""
+    found = {}
+    for axes in figure.axes:
+        found |= dict(zip(*reversed(axes.get_legend_handles_labels())))
+    columns = min(len(found), 8) if len(found) != 10 else 5
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def roofline(records: Sequence[Record]) -> Figure | None:
@@ -110,9 +117,7 @@ def roofline(records: Sequence[Record]) -> Figure | None:
         axes.axhline(100, color="black", linewidth=0.8)
         axes.set_ylabel(f"% of the copy's bandwidth\n{title}")
         axes.margins(y=0.14)
-        if what == "forward":
-            axes.legend(ncols=len(series), fontsize=7.5, loc="upper right")
-            axes.set_title("Bytes that must move, over time, in units of the copy of the same rounds", fontsize=10)
+    legend_below(figure)
     return figure
 
 
@@ -158,8 +163,10 @@ def scaling(records: Sequence[Record]) -> Figure | None:
             axes.set_xticks(sorted({point["x"] for point in record["points"]}))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.set_title(record["points"][-1].get("title") or record["name"], fontsize=10)
-        axes.legend(fontsize=6.5)
+        axes.set_title(record["name"], fontsize=9)
+    for axes in figure.axes[len(curves) :]:
+        axes.set_visible(False)
+    legend_below(figure)
     return figure
 
 
@@ -189,7 +196,7 @@ def steps(records: Sequence[Record]) -> Figure | None:
     axes.set_yticks([y for y, _ in ticks], [text for _, text in ticks], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("time of a step, in units of the step without normalization (grey blue)")
-    axes.set_title("A whole discriminator step: data, two forwards, loss, backward, Adam", fontsize=10)
-    axes.set_xlim(0, max(1.25, axes.get_xlim()[1] * 1.22))
+    axes.set_xlim(0, max(1.25, axes.get_xlim()[1] * 1.3))
+    axes.margins(y=0.01)
     axes.grid(axis="y", visible=False)
     return figure
