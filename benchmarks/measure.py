@@ -174,7 +174,9 @@ class Measurement:
         """Everything for the JSON file."""
         sizes = {"layers": self.measured.layers, "bytes": self.measured.nbytes}
         head = {"kind": "case", "case": asdict(self.case), **sizes, **bandwidths(self.measured)}
-        return head | {"rows": [row.record() for row in self.measured.rows]} | more
+        moved = {"forward": 2 * self.measured.nbytes, "backward": 3 * self.measured.nbytes}
+        rows = [row.record() | ({"must_move": moved} if row.ratios else {}) for row in self.measured.rows]
+        return head | {"rows": rows} | more
 
 
 def bandwidths(measured: Measured) -> dict[str, float]:

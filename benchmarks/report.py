@@ -121,6 +121,8 @@ def table(name: str, measured: Measured) -> str:
         above = row.variant
     rounds = max((len(of.wall.seconds) for row in rows for of in row.times.values()), default=0)
     size = f"{measured.layers} layers, {measured.nbytes / MB:.1f} MB, {rounds} rounds"
+    if copied := measured.row("copy"):
+        size += f", copy at {2 * measured.nbytes / copied.median('forward', 'device') / 1e9:.1f} GB/s"
     text = [f"{name}: {size}", "", *aligned(lines, slice(2, None)), ""]
     text += [f"left out: {provider}: {why}" for provider, why in left_out(measured.rows).items()]
     text += target_lines(row.record() for row in rows)

@@ -103,6 +103,8 @@ def test_every_provider_is_right_and_timed(tmp_path, capsys, options):
         assert row["provider"] in printed
     assert "sigma" in rows["cpu bssn"]["errors"] and rows["parametrization sn"]["ratios"]["native_over_both"] == 1
     copy_s = rows["copy"]["times"]["forward"]["wall"]["median"]
+    assert rows["hook sn"]["must_move"] == {"forward": 2 * case["bytes"], "backward": 3 * case["bytes"]}
+    assert ", 3 rounds, copy at " in printed
     assert case["copy_bandwidth"] == pytest.approx(2 * case["bytes"] / copy_s)
     assert "nothing failed" in printed and "left out: hook graph: CUDA graphs need a CUDA device" in printed
 
