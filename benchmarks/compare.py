@@ -7,6 +7,7 @@ or busier.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,15 +35,18 @@ def compare(old: str, new: str, workloads: Sequence[str]) -> str:
         return table(old, new, [load(Path(old))], [load(Path(new))])
     commits = [resolve(name) for name in (old, new)]
     with tempfile.TemporaryDirectory() as folder:
-        trees = [check_out(commit, Path(folder) / side) for commit, side in zip(commits, ("old", "new"))]
+        trees: list[Path] = []
         try:
+            for commit, side in zip(commits, ("old", "new")):
+                trees.append(Path(folder) / side)
+                check_out(commit, trees[-1], [ROOT, *trees[:-1]])
             runs: list[list[Any]] = [[], []]
             for turn in range(ROUNDS):
                 for side, tree in enumerate(trees):
                     runs[side].append(measure(tree, Path(folder) / f"{side}_{turn}.jsonl", workloads))
             return table(old, new, *runs)
         finally:
-            for tree in trees:
+            for tree in filter(Path.exists, trees):
                 git("worktree", "remove", "--force", str(tree))
 
 
@@ -65,14 +69,21 @@ def resolve(name: str) -> str:
         raise UsageError(f"--compare: {name!r} is neither a file nor a commit") from error
 
 
-def check_out(commit: str, tree: Path) -> Path:
-    """A tree of a commit with its compiled part."""
+def check_out(commit: str, tree: Path, built: Sequence[Path]) -> None:
+    """Make a tree of a commit with its compiled part, which is copied where a ``built`` tree has the same source."""
     git("worktree", "add", "--detach", str(tree), commit)
     if not (tree / "benchmarks" / "run.py").is_file():
-        git("worktree", "remove", "--force", str(tree))
         raise UsageError(f"--compare: {commit[:12]} has no benchmarks/run.py")
+    for other in built:
+        modules = list(other.glob("bssn_kernels/_c*.so"))
+        sources = [other / "setup.py", *(path for path in (other / "csrc").rglob("*") if path.is_file())]
+        newest = max(source.stat().st_mtime for source in sources)
+        fresh = modules and all(module.stat().st_mtime >= newest for module in modules)
+        if fresh and not git("-C", str(other), "diff", "--name-only", commit, "--", "csrc", "setup.py"):
+            for module in modules:
+                shutil.copy(module, tree / "bssn_kernels")
+            return
     call([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree, {"BSSN_CPU": "1"})
-    return tree
 
 
 def measure(tree: Path, file: Path, workloads: Sequence[str]) -> tuple[dict, list[dict]]:

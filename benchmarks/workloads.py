@@ -58,8 +58,8 @@ GPU_CASES = (
 # torch.compile writes and compiles C++ for every layer here, so it takes part where layers are few.
 CPU_CASES = (
     *(Case(name, compiled=name in ("sngan32", "paper_cnn")) for name in WORKLOADS),
-    Case("paper_resnet", channels_last=True),
-    Case("paper_resnet", "bfloat16"),
+    Case("paper_cnn", channels_last=True),
+    Case("paper_cnn", "bfloat16"),
 )
 
 

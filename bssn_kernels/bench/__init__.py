@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where weights are (default: cpu)")
     add("--dtype", choices=DTYPES, help="of the weights (default: float32, or as the model has them)")
     add("--threads", type=positive, metavar="N", help="for torch and for us (default: what torch takes)")
-    add("--repeats", type=positive, metavar="N", help="timed rounds (default: 7 to 100, as time allows)")
+    add("--repeats", type=positive, metavar="N", help="timed rounds (default: 5 to 100, as time allows)")
     add("--seconds", type=float, default=8.0, metavar="S", help="time for the rounds of one workload (default: 8)")
     add("--host", action="store_true", help="instead: host time of a call with layers too small to count")
     add("--json", type=Path, metavar="FILE", help="also write everything measured, raw samples included")

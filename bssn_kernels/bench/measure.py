@@ -17,8 +17,8 @@ from bssn_kernels.bench.task import Task, no_collection
 
 Key = TypeVar("Key", bound=Hashable)
 
-MIN_ROUNDS, MAX_ROUNDS = 7, 100
-SLOW_S = 1.0
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+SLOW_S = 0.5
 NOISY = 0.25
 SCRATCH = 256 * 10**6  # bytes, more than the L2 cache of any GPU
 
@@ -177,8 +177,8 @@ def interleaved(
 
     Args:
         clock: None takes the processor's.
-        repeats: number of rounds; None takes as many as fit ``budget_s``, from 7 to 100. Tasks of a second and more
-            take part in every other round.
+        repeats: number of rounds; None takes as many as fit ``budget_s``, from 5 to 100. Tasks of half a second
+            and more take part in every other round.
         failed: is told of a task that raises, which is then left out; without it the error is raised.
     """
     MALLOC.map_from(Malloc.USUAL)
@@ -217,4 +217,4 @@ def interleaved(
 def cost(clock: CpuClock | CudaClock, task: Task) -> float:
     """Seconds that a sample takes, roughly. A quick one is taken again, as a first run pays for what is done once."""
     first = clock.sample(task).spent
-    return first if first > SLOW_S / 10 else min(first, clock.sample(task).spent)
+    return first if first > 0.1 else min(first, clock.sample(task).spent)
