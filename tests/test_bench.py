@@ -82,6 +82,15 @@ def test_workloads_are_built_alike_every_time():
     assert all(torch.equal(x, y) and x.dtype == torch.float64 for x, y in zip(a.parameters(), b.parameters()))
 
 
+def test_gradients_do_not_point_along_the_weights():
+    workload = workloads.WORKLOADS["sngan32"]
+    subject = providers.Subject(workload.name, workload.build())
+    for weight, grad in zip(subject.weights, subject.grads()):
+        if weight.numel() > 10_000:
+            cosine = torch.nn.functional.cosine_similarity(weight.flatten(), grad.flatten(), dim=0)
+            assert abs(cosine) < 0.05
+
+
 # The truth
 
 

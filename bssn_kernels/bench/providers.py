@@ -155,7 +155,8 @@ class Subject:
 
     def grads(self) -> list[Tensor]:
         """N(0, 1) gradients of the normalized weights, the same every time, in their shapes and strides."""
-        generator = torch.Generator(self.device).manual_seed(0)
+        # Another seed than that of the weights: gradients in their direction would be nothing but cancellation.
+        generator = torch.Generator(self.device).manual_seed(1)
         return [torch.empty_like(w, device=self.device).normal_(generator=generator) for w in self.weights]
 
 
