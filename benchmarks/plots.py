@@ -132,8 +132,9 @@ def scaling(records: Sequence[Record]) -> Figure | None:
         "iterations": ("power iterations", "ms", 1e3),
         "threads": ("threads", "ms", 1e3),
     }
-    figure = Figure((9.5, 7), layout="constrained")
-    for axes, record in zip(figure.subplots(2, 2).flat, curves):
+    rows = (len(curves) + 1) // 2
+    figure = Figure((9.5, 0.8 + 3.2 * rows), layout="constrained")
+    for axes, record in zip(figure.subplots(rows, 2).flat, curves):
         fused: list[str] = []
         x_label, y_label, unit = labels[record["curve"]]
         series: dict[tuple[str, str], list[tuple[float, float]]] = {}

@@ -36,9 +36,10 @@ def write_results(head: Record, records: Sequence[Record], plots: Path | None, r
 
 
 def machine_line(head: Record) -> str:
-    m = head["machine"]
-    device = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads of {m['cores']} cores ({m['cpu_capability']})"
-    return f"{device}, torch {m['torch']}, commit {(m['commit'] or 'unknown')[:10]}"
+    m, note = head["machine"], head.get("settings", {}).get("note")
+    device = m.get("gpu") or f"{m['cpu']} ({m['cpu_capability']}), cores: {m['cores']}, threads: {m['threads']}"
+    words = [device, f"torch {m['torch']}", f"commit {(m['commit'] or 'unknown')[:10]}"]
+    return ", ".join([*words, note] if note else words)
 
 
 def markdown(head: Record, records: Sequence[Record]) -> Iterable[str]:

@@ -170,6 +170,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="everything measured, raw samples included, kept up to date")
     add("--plots", type=Path, metavar="DIR", help="draw pictures into this folder (needs matplotlib)")
     add("--readme", type=Path, metavar="FILE", help="write the table between the marks in this file")
+    add("--note", default="", metavar="TEXT", help="to stand with the results, such as what else the machine did")
     add("--show", type=Path, metavar="FILE", help="measure nothing: take what --json wrote")
     add("--compare", nargs=2, metavar=("OLD", "NEW"), help="two files of --json, or two commits, which are measured")
     args = parser.parse_args(argv)
@@ -199,7 +200,8 @@ def check(args: argparse.Namespace) -> None:
 
 def measure_all(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The head and the records of everything that was asked for."""
-    asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    where = ("json", "plots", "readme", "show", "compare")
+    asked = {name: value for name, value in vars(args).items() if name not in where}
     head = {"format": FORMAT, "machine": machine(args.device), "settings": asked}
     records: list[dict[str, Any]] = []
     end = time.monotonic() + args.deadline
