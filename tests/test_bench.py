@@ -533,6 +533,11 @@ def test_bad_factories(module, capsys, path, message):
     [
         (["--backend", "abacus"], "abacus"),
         (["--json", "no/such/folder/out.json"], "no such folder"),
+        pytest.param(
+            ["--device", "cuda"],
+            "torch sees no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_bad_options(argv, message, capsys):

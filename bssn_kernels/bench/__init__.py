@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: torch sees no CUDA device here")
+        if args.host and args.device != "cpu":
+            raise UsageError("--host is measured on the CPU alone; python -m benchmarks.run scaling has a GPU's")
         names = backend_names(args.backend, args.device)
         if args.json is not None and not args.json.parent.is_dir():
             raise UsageError(f"--json: no such folder: {args.json.parent}")
