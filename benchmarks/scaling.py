@@ -115,6 +115,7 @@ def measure_curve(
             continue
         progress(f"{record['name']}: {x}")
         bench = Bench(subject)
+        bench.meter = None  # a layer of 1 GB takes seconds a call, and curves are of time
         bench.add_bounds()
         bench.add_all(of_point, variants)
         measured = Measured(subject.name, len(subject.sites), subject.nbytes, bench.time(repeats, budget_s))
