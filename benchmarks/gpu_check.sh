@@ -106,7 +106,7 @@ stage_tests() {
 # The same groups first without the tool, which also leaves their kernels compiled. Memory is not cached, so that every
 # tensor is an allocation whose end the tool knows.
 stage_sanitizer() {
-  local tool small=(python3 -m benchmarks.gpu.experiments small --in-process)
+  local tool small=(python3 -m benchmarks.experiments small --in-process)
   run sanitizer "small groups alone" "${small[@]}"
   if ! tool=$(find_sanitizer); then
     echo "compute-sanitizer is not on this machine"
@@ -121,13 +121,16 @@ stage_sanitizer() {
   done
 }
 
-# Told to end a little before they would be stopped.
+# Told to end a little before they would be stopped. Curves and whole steps only where the stage has the time to itself.
 stage_bench() {
-  run bench "all cases" python3 -m benchmarks.gpu --json "$out/gpu_${gpu}_bench.json" --deadline $(($(left) - 5))
+  local parts=()
+  [ ${#stages[@]} -eq 1 ] || parts=(tables)
+  run bench "${parts[*]:-all parts}" python3 -m benchmarks.run "${parts[@]}" --device cuda \
+    --json "$out/gpu_${gpu}_bench.jsonl" --deadline $(($(left) - 5))
 }
 
 stage_experiments() {
-  run experiments all python3 -m benchmarks.gpu.experiments --json "$out/gpu_${gpu}_experiments.json" \
+  run experiments all python3 -m benchmarks.experiments --json "$out/gpu_${gpu}_experiments.jsonl" \
     --deadline $(($(left) - 5))
 }
 

@@ -26,10 +26,10 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as spectral_norm_hook
 
 import bssn_kernels
-from bssn_kernels.bench.measure import Samples, Task, interleaved
-from bssn_kernels.bench.providers import Root, Subject, make_fused, make_native, native_sites
-from bssn_kernels.bench.report import machine
-from bssn_kernels.bench.session import tasks_of
+from bssn_kernels.bench.machine import machine
+from bssn_kernels.bench.measure import Samples, interleaved
+from bssn_kernels.bench.providers import Root, Subject, make_fused, make_native, native_sites, tasks_of
+from bssn_kernels.bench.task import Task
 
 LATENT = 64
 LIMIT = 1e-9
@@ -137,13 +137,14 @@ def time_steps(options: argparse.Namespace) -> dict[str, Samples]:
     subject = Subject("alone", discriminator(options.width, options.form))
     for name, root in (("native alone", make_native(subject, "sn")), ("fused alone", make_fused(None, subject, "sn"))):
         tasks[name] = normalizations_of_step(root)
-    return interleaved(tasks, repeats=options.timed_steps, progress=lambda text: show(f"float32 {text}"))
+    times = interleaved(tasks, repeats=options.timed_steps, progress=lambda text: show(f"float32 {text}"))
+    return {name: of_task.wall for name, of_task in times.items()}
 
 
 def normalizations_of_step(root: Root) -> Task:
     """What a step asks for: two forwards with one backward each, and one forward without gradient of the weights."""
     grads = [torch.randn_like(weight) for weight in root.originals()]
-    forward, both = tasks_of(root, grads)
+    forward, both = tasks_of(root, grads).values()
 
     def run() -> None:
         both.run()
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report(options, float64, float32)
     if options.json:
         asked = {name: value for name, value in vars(options).items() if name != "json"}
-        times = {name: {"median": s.median, "samples": s.seconds} for name, s in float32.items()}
+        times = {name: samples.record() for name, samples in float32.items()}
         content = {"machine": machine(), "settings": asked, "float64": float64, "float32": times}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0 if float64["largest_difference"] <= LIMIT else 1

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bssn_kernels import functional
-from bssn_kernels.bench.measure import Samples, Task, interleaved
+from bssn_kernels.bench.measure import Samples, interleaved
 from bssn_kernels.bench.providers import Root, Subject, fused
-from bssn_kernels.bench.report import aligned, of_samples, wrapped
+from bssn_kernels.bench.report import aligned, wrapped
+from bssn_kernels.bench.task import Task
 from bssn_kernels.plan import LayerSpec
 
 COUNTS = (8, 24, 64, 200)
@@ -68,7 +69,7 @@ def measure_host(
         times = interleaved(
             tasks, repeats=repeats, budget_s=2.0, progress=lambda text, n=n: progress(f"host time, {n} layers: {text}")
         )
-        rows += [HostRow(n, what, samples, times[FLOOR]) for what, samples in times.items()]
+        rows += [HostRow(n, what, of_what.host, times[FLOOR].host) for what, of_what in times.items()]
     return rows
 
 
@@ -120,5 +121,5 @@ LEGEND = (
 def host_record(rows: Sequence[HostRow]) -> list[dict]:
     """The rows for JSON, in seconds."""
     return [
-        {"layers": row.layers, "what": row.what, "over_floor": row.ratio, **of_samples(row.samples)} for row in rows
+        {"layers": row.layers, "what": row.what, "over_floor": row.ratio, **row.samples.record()} for row in rows
     ]

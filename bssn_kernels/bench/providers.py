@@ -6,12 +6,14 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, remove_spectral_norm
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 import bssn_kernels
+from bssn_kernels.bench.task import Task
 
 PLAIN_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 
@@ -87,11 +89,19 @@ class Root(nn.Module):
 
     def vectors(self) -> list[list[Tensor]]:
         """The stored u, v[, u_in, v_in] of every site; none for 1-D weights."""
+        return self._held("_u", "_v", "_u_in", "_v_in")
+
+    def gains(self) -> list[Tensor | None]:
+        """The learnable gain of every site, shape (1,), or None."""
+        return [held[0] if held else None for held in self._held("_gain")]
+
+    def _held(self, *endings: str) -> list[list[Tensor]]:
+        """Of every site what its normalization keeps under these names."""
         found = []
         for module, tensor, by_hook in self._reads:
             holders = [module] if by_hook else module.parametrizations[tensor]
-            names = [(tensor if by_hook else "") + ending for ending in ("_u", "_v", "_u_in", "_v_in")]
-            found.append([v for holder in holders for name in names if (v := getattr(holder, name, None)) is not None])
+            names = [(tensor if by_hook else "") + ending for ending in endings]
+            found.append([x for holder in holders for name in names if (x := getattr(holder, name, None)) is not None])
         return found
 
 
@@ -103,14 +113,22 @@ class Subject:
         model: an nn.Module, whose layers under torch's spectral_norm are taken, or, where it has none, all its
             convolutions, linear layers and embeddings. It is not copied but changed.
         learnable_gain: ours have one per layer (native has no counterpart).
+        device: of the copies and the gradients; the model itself has to be on the CPU.
 
     Raises:
         ValueError: no such layer, or weights that are not real floating point numbers on the CPU.
     """
 
-    def __init__(self, name: str, model: nn.Module, learnable_gain: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        learnable_gain: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.name = name
         self.learnable_gain = learnable_gain
+        self.device = torch.device(device)
         if not native_sites(model):
             for module in list(model.modules()):
                 if isinstance(module, PLAIN_LAYERS) and isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -132,8 +150,36 @@ class Subject:
         return sum(weight.nbytes for weight in self.weights)
 
     def copy(self) -> Root:
-        """A fresh copy of the model under torch's spectral_norm."""
-        return Root(copy.deepcopy(self.native), self.sites)
+        """A fresh copy of the model under torch's spectral_norm, on the device."""
+        return Root(copy.deepcopy(self.native).to(self.device), self.sites)
+
+    def grads(self) -> list[Tensor]:
+        """N(0, 1) gradients of the normalized weights, the same every time, in their shapes and strides."""
+        # Another seed than that of the weights: gradients in their direction would be nothing but cancellation.
+        generator = torch.Generator(self.device).manual_seed(1)
+        return [torch.empty_like(w, device=self.device).normal_(generator=generator) for w in self.weights]
+
+
+def tasks_of(
+    root: nn.Module, grads: Sequence[Tensor], call: Callable[[], list[Tensor]] | None = None
+) -> dict[str, Task]:
+    """"forward" alone, and "both": forward with backward from given gradients of every normalized weight.
+
+    Args:
+        call: the forward, where it is not the root itself.
+    """
+    parameters, forward = list(root.parameters()), call or root
+
+    def both() -> list[Tensor]:
+        outputs = forward()
+        torch.autograd.backward(outputs, grads)
+        return outputs
+
+    def clear() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    return {"forward": Task(forward), "both": Task(both, clear)}
 
 
 @dataclass(frozen=True)
@@ -144,11 +190,19 @@ class Provider:
         name: for the table.
         variants: names of what it can do; None means every variant.
         make: makes a root from a subject and a variant's name.
+        tasks: what is timed of it, from the root and the gradients.
+        backend: the name of ours, empty for others. graph, compiled: runs as a CUDA graph; under torch.compile.
+        left_out: why it cannot run here, if so.
     """
 
     name: str
     variants: tuple[str, ...] | None
     make: Callable[[Subject, str], Root]
+    tasks: Callable[[Root, Sequence[Tensor]], dict[str, Task]] = tasks_of
+    backend: str = ""
+    graph: bool = False
+    compiled: bool = False
+    left_out: str = ""
 
 
 def make_native(subject: Subject, variant: str) -> Root:
@@ -205,4 +259,4 @@ NATIVE = Provider("native", ("sn",), make_native)
 
 def fused(backend: str) -> Provider:
     """The provider of one of our backends."""
-    return Provider(backend, None, lambda subject, variant: make_fused(backend, subject, variant))
+    return Provider(backend, None, lambda subject, variant: make_fused(backend, subject, variant), backend=backend)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-import torch
+from bssn_kernels.bench.machine import machine
+from bssn_kernels.bench.measure import NOISY, Samples
+from bssn_kernels.bench.memory import CudaMemoryMeter, MemoryMeter
+from bssn_kernels.bench.session import CLONE, Measured, Row
 
-import bssn_kernels
-from bssn_kernels.bench.measure import NOISY, MemoryMeter, Samples
-from bssn_kernels.bench.session import CLONE, Row
-
-FORMAT = "bssn_kernels bench 1"
+FORMAT = "bssn_kernels bench 2"
 HEADER = (
     *("workload", "layers", "MiB", "variant", "provider", "f ms", "f+b ms", "native/f", "native/f+b", "f/clone"),
     *("extra f", "extra f+b", "kept MiB"),
@@ -25,59 +19,51 @@ HEADER = (
 NUMBERS = slice(5, None)
 
 
-def baselines(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """Per workload the rows that others are divided by: native SN and the clone."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        of_workload = found.setdefault(row.workload, {})
-        if row.provider in ("native", CLONE):
-            of_workload[row.provider] = row
-    return found
-
-
-def ratios(row: Row, base: Mapping[str, Row]) -> dict[str, float | None]:
+def ratios(row: Row, measured: Measured) -> dict[str, float | None]:
     """Speed-ups over native SN, and the forward in units of the clone; None where a side was not timed."""
 
-    def over(above: Samples | None, below: Samples | None) -> float | None:
-        return above.median / below.median if above and below else None
+    def of(label: str, what: str) -> float | None:
+        other = measured.row(label)
+        return other and other.median(what)
 
-    native, clone = base.get("native"), base.get(CLONE)
     return {
-        "native_over_forward": over(native and native.forward, row.forward),
-        "native_over_both": over(native and native.both, row.both),
-        "forward_over_clone": over(row.forward, clone and clone.forward),
+        "native_over_forward": over(of("native sn", "forward"), row.median("forward")),
+        "native_over_both": over(of("native sn", "both"), row.median("both")),
+        "forward_over_clone": over(row.median("forward"), of(CLONE, "forward")),
     }
 
 
-def table(rows: Sequence[Row], meter: MemoryMeter) -> str:
+def over(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+def table(measured: Sequence[Measured], meter: MemoryMeter | CudaMemoryMeter) -> str:
     """All rows as one text table with its legend."""
-    base = baselines(rows)
     lines: list[tuple[str, ...] | str] = []
-    above = ""
-    for row in rows:
-        new = row.workload != above
-        if new and above:
-            lines.append("")
-        above = row.workload
-        head = (row.workload, str(row.layers), f"{row.nbytes / 2**20:.1f}") if new else ("", "", "")
-        head += (row.variant.upper(), row.provider)
-        if row.refused:
-            lines.append((*head, row.refused))
-            continue
-        ratio = ratios(row, base[row.workload])
-        clone = row.provider == CLONE
-        numbers = (
-            milliseconds(row.forward),
-            milliseconds(row.both),
-            "" if clone else times(ratio["native_over_forward"]),
-            "" if clone else times(ratio["native_over_both"]),
-            times(ratio["forward_over_clone"]),
-            mebibytes(row.extra_forward),
-            mebibytes(row.extra_both),
-            mebibytes(row.kept),
-        )
-        lines.append((*head, *numbers))
+    for of_one in measured:
+        lines += [""] if lines else []
+        head = (of_one.workload, str(of_one.layers), f"{of_one.nbytes / 2**20:.1f}")
+        for row in of_one.rows:
+            lines.append((*head, row.variant.upper(), row.provider, *cells(row, of_one)))
+            head = ("", "", "")
     return "\n".join([*aligned([HEADER, *lines], NUMBERS), "", *wrapped(legend(meter))])
+
+
+def cells(row: Row, measured: Measured) -> tuple[str, ...]:
+    """The numbers of a row, or why there are none."""
+    if row.refused or row.left_out:
+        return (row.refused or f"left out: {row.left_out}",)
+    ratio, clone = ratios(row, measured), row.provider == CLONE
+    return (
+        milliseconds(row.samples("forward")),
+        milliseconds(row.samples("both")),
+        "" if clone else times(ratio["native_over_forward"]),
+        "" if clone else times(ratio["native_over_both"]),
+        times(ratio["forward_over_clone"]),
+        mebibytes(row.extra.get("forward")),
+        mebibytes(row.extra.get("both")),
+        mebibytes(row.kept),
+    )
 
 
 def aligned(lines: Sequence[tuple[str, ...] | str], numbers: slice) -> Iterable[str]:
@@ -96,7 +82,7 @@ def aligned(lines: Sequence[tuple[str, ...] | str], numbers: slice) -> Iterable[
         ).rstrip()
 
 
-def legend(meter: MemoryMeter) -> list[str]:
+def legend(meter: MemoryMeter | CudaMemoryMeter) -> list[str]:
     """What the columns mean."""
     return [
         "f: one forward of a root that reads every normalized weight; f+b: and the gradient of every weight, from given"
@@ -130,74 +116,22 @@ def mebibytes(nbytes: int | None) -> str:
     return "" if nbytes is None else f"{round(nbytes / 2**20, 1) + 0.0:.1f}"
 
 
-def record(rows: Sequence[Row], settings: Mapping[str, Any], meter: MemoryMeter) -> dict[str, Any]:
+def record(
+    measured: Sequence[Measured],
+    settings: Mapping[str, Any],
+    meter: MemoryMeter | CudaMemoryMeter,
+    device: str = "cpu",
+) -> dict[str, Any]:
     """Everything measured, with raw samples in seconds and sizes in bytes."""
-    base = baselines(rows)
     return {
         "format": FORMAT,
-        "machine": machine(),
+        "machine": machine(device),
         "settings": {**settings, "memory": meter.reason or meter.METHOD},
         "rows": [
-            {
-                "workload": row.workload,
-                "layers": row.layers,
-                "bytes": row.nbytes,
-                "variant": row.variant or None,
-                "provider": row.provider,
-                "refused": row.refused or None,
-                "errors": row.errors and row.errors._asdict(),
-                "forward": of_samples(row.forward),
-                "forward_backward": of_samples(row.both),
-                "extra_forward_bytes": row.extra_forward,
-                "extra_forward_backward_bytes": row.extra_both,
-                "kept_bytes": row.kept,
-                **ratios(row, base[row.workload]),
-            }
-            for row in rows
+            {"workload": of_one.workload, "layers": of_one.layers, "bytes": of_one.nbytes}
+            | row.record()
+            | ratios(row, of_one)
+            for of_one in measured
+            for row in of_one.rows
         ],
     }
-
-
-def of_samples(samples: Samples | None) -> dict[str, Any] | None:
-    if samples is None:
-        return None
-    return {"median": samples.median, "quartiles": list(samples.quartiles), "samples": samples.seconds}
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on and with."""
-    return {
-        "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "bssn_kernels": bssn_kernels.__version__,
-        "commit": commit(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The git commit that the package runs from, with "+" for changes since; None when it runs from no checkout."""
-    home = Path(bssn_kernels.__file__).resolve().parents[1]
-    if not (home / ".git").exists():
-        return None
-    try:
-        git = ["git", "-C", str(home)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "") if head.returncode == 0 else None

@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bssn_kernels.algebra import multiplier, power_iterate, row_axes, sigma
-from bssn_kernels.bench.providers import Root, Site
+import bssn_kernels
+from bssn_kernels.algebra import direction_weights, multiplier, power_iterate, row_axes, sigma
+from bssn_kernels.bench.providers import Root, Site, tasks_of
+from bssn_kernels.bench.task import Task
 from bssn_kernels.variants import Variant, resolve_semantics, resolve_variant
 from bssn_kernels.views import fold, matrix
 
@@ -22,54 +23,70 @@ TOLERANCE = 1e-4
 CHUNK = 1 << 19
 
 
-class Errors(NamedTuple):
-    """Largest relative error (Frobenius) of any layer's normalized weight and gradient, and the layers' names."""
+class Errors(dict[str, tuple[float, str]]):
+    """The largest relative error (Frobenius) of any layer, and that layer, by what was compared.
 
-    weight: float
-    weight_layer: str
-    grad: float
-    grad_layer: str
+    "weight" and "grad" always; "gain" (its gradient) and "sigma" where there are any. NaN is the largest of all.
+    """
+
+    @property
+    def largest(self) -> float:
+        return worst(list(self.values()))[0]
 
     def refusal(self, dtype: torch.dtype) -> str:
-        """Why these numbers are too far off for weights of this dtype, or nothing. NaN is too far off."""
+        """Why these numbers are too far off for weights of this dtype, or nothing."""
         limit = TOLERANCES.get(dtype, TOLERANCE)
-        what = []
-        if not self.weight <= limit:
-            what.append(f"normalized weight of {self.weight_layer} off by {self.weight:.1e}")
-        if not self.grad <= limit:
-            what.append(f"gradient of {self.grad_layer} off by {self.grad:.1e}")
-        return f"wrong numbers: {', '.join(what)} (limit {limit:.0e})" if what else ""
+        wrong = [f"{WORDS[what]} {name} off by {e:.1e}" for what, (e, name) in self.items() if not e <= limit]
+        return f"wrong numbers: {', '.join(wrong)} (limit {limit:.0e})" if wrong else ""
 
 
-def compare(root: Root, variant: str, grads: Sequence[Tensor]) -> Errors:
+WORDS = {
+    "weight": "normalized weight of",
+    "grad": "gradient of",
+    "gain": "gradient of the gain of",
+    "sigma": "sigma of",
+}
+
+
+def compare(root: Root, variant: str, grads: Sequence[Tensor], task: Task | None = None) -> Errors:
     """Run one forward and backward of the root and compare it, layer by layer, with the truth in float64.
 
     Args:
         grads: gradient of each normalized weight.
+        task: what runs them; None makes it.
 
     Raises:
         ValueError: the number or a shape of the results is not that of the weights.
     """
-    originals = root.originals()
-    for weight in originals:
-        weight.grad = None
+    task = task or tasks_of(root, grads)["both"]
+    originals, gains = root.originals(), root.gains()
+    task.reset()
     # Taken now: the forward moves them.
     vectors = [[v.double().clone() for v in of_layer] for of_layer in root.vectors()]
-    outputs = root()
+    outputs = task.run()
     shapes, expected = [tuple(w.shape) for w in outputs], [tuple(w.shape) for w in originals]
     if shapes != expected:
         raise ValueError(f"expected normalized weights of shapes {expected}, got {shapes}")
-    torch.autograd.backward(outputs, list(grads))
+    group = bssn_kernels.group_of(root)
+    sigmas = group.sigmas() if group else {}
 
+    found: dict[str, list[tuple[float, str]]] = {"weight": [], "grad": []}
     # Layers that share a Parameter share its gradient: they are compared together, by the sum of their truths.
     sharers: dict[int, list[Truth]] = {}
-    weight_errors, grad_errors = [], []
     left = Counter(map(id, originals))
-    for site, weight, output, stored, grad in zip(root.sites, originals, outputs, vectors, grads):
-        truth = Truth.of(weight, stored, grad, site, resolve_variant(variant))
+    for site, weight, output, stored, gain, grad in zip(root.sites, originals, outputs, vectors, gains, grads):
+        truth = Truth.of(weight, stored, grad, site, resolve_variant(variant), gain)
         rows = list(row_chunks(weight))
         error = join(norm(truth.weight_error(output.detach()[r], r)) for r in rows)
-        weight_errors.append((relative(error, abs(truth.multiplier) * norm(weight)), site.name))
+        found["weight"].append((relative(error, abs(truth.multiplier) * norm(weight)), site.name))
+        if gain is not None:
+            exact = truth.inner * truth.multiplier / float(gain.detach())
+            error = abs(float("nan") if gain.grad is None else float(gain.grad) - exact)
+            scale = abs(truth.multiplier) * norm(weight) * norm(grad)
+            found.setdefault("gain", []).append((relative(error, scale), site.name))
+        if sigmas:
+            error = abs(float(sigmas.get(layer_name(site), float("nan"))) - truth.sigma)
+            found.setdefault("sigma", []).append((relative(error, abs(truth.sigma)), site.name))
         together = sharers.setdefault(id(weight), [])
         together.append(truth)
         left[id(weight)] -= 1
@@ -78,10 +95,10 @@ def compare(root: Root, variant: str, grads: Sequence[Tensor]) -> Errors:
             error = join(norm(errors_of_sum(together, computed[r], r)) for r in rows)
             # dW can be small by cancellation (it is 0 for a single element): errors count against m G.
             scale = sum(abs(t.multiplier) * norm(t.grad) for t in together)
-            grad_errors.append((relative(error, scale), site.name))
-            weight.grad = None
+            found["grad"].append((relative(error, scale), site.name))
             del sharers[id(weight)]
-    return Errors(*worst(weight_errors), *worst(grad_errors))
+    task.reset()
+    return Errors({what: worst(errors) for what, errors in found.items()})
 
 
 @dataclass(frozen=True)
@@ -96,35 +113,50 @@ class Truth:
     weight: Tensor
     grad: Tensor
     multiplier: float
+    sigma: float
+    inner: float
     ranks: list[tuple[int, Tensor, Tensor]]
 
     @classmethod
     @torch.no_grad()
-    def of(cls, weight: Tensor, vectors: list[Tensor], grad: Tensor, site: Site, variant: Variant) -> Truth:
+    def of(
+        cls,
+        weight: Tensor,
+        vectors: list[Tensor],
+        grad: Tensor,
+        site: Site,
+        variant: Variant,
+        gain: Tensor | None = None,
+    ) -> Truth:
         """From the weight and its stored vectors before the call, and the gradient of the normalized weight."""
         wide, semantics = weight.detach().double(), resolve_semantics(site.semantics)
         if not vectors:
             # A 1-D weight without state is a matrix of one column: one step from any v is exact.
             vectors = [wide.new_zeros(wide.numel()), wide.new_ones(1)]
         axes = row_axes(wide.ndim, site.axis, len(vectors) // 2)
-        pairs, sigmas = [], []
+        k = site.n_power_iterations
+        pairs, sigmas = [], []  # pairs: d, and the factors of a term of the gradient of sigma_d
         for d, row_axis in enumerate(axes):
             m = matrix(wide, row_axis)
             rule = {"order": semantics.order_of(d), "eps": site.eps, "norm": semantics.norm}
-            u, v = vectors[2 * d : 2 * d + 2]
-            u, v = power_iterate(m, u, v, n_power_iterations=site.n_power_iterations, **rule)
-            pairs.append((u, v))
+            u0, v0 = power_iterate(m, *vectors[2 * d : 2 * d + 2], n_power_iterations=max(k - 1, 0), **rule)
+            u, v = power_iterate(m, u0, v0, n_power_iterations=min(k, 1), **rule)
+            pairs.append((d, u, v))
             sigmas.append(sigma(m, u, v))
+            # The term that a gradient through the last iteration has besides u v^T.
+            if semantics.gradient == "through" and k and rule["order"] == "vu":
+                pairs.append((d, u0 / (m.T @ u0).norm(), m.T @ u - sigmas[d] * v))
+            elif semantics.gradient == "through" and k:
+                pairs.append((d, m @ v - sigmas[d] * u, v0 / (m @ v0).norm()))
         with torch.enable_grad():
             sigmas = [s.requires_grad_() for s in sigmas]
-            factor = multiplier(sigmas, variant)
+            factor = multiplier(sigmas, variant, None if gain is None else gain.detach().double())
             slopes = torch.autograd.grad(factor, sigmas)
+        mean = sum(share * float(s) for share, s in zip(direction_weights(variant, len(axes)), sigmas))
         inner = sum(float((grad[r].double() * wide[r]).sum()) for r in row_chunks(weight))
         exact = torch.promote_types(weight.dtype, torch.float32)
-        ranks = [
-            (axis, (u * (inner * slope)).to(exact), v.to(exact)) for axis, (u, v), slope in zip(axes, pairs, slopes)
-        ]
-        return cls(weight.detach(), grad, float(factor), ranks)
+        ranks = [(axes[d], (u * (inner * slopes[d])).to(exact), v.to(exact)) for d, u, v in pairs]
+        return cls(weight.detach(), grad, float(factor), mean, inner, ranks)
 
     def weight_error(self, computed: Tensor, rows: slice) -> Tensor:
         """Some rows (of axis 0) of a normalized weight less what they should be."""
@@ -141,6 +173,12 @@ class Truth:
                 v = v.view(len(self.weight), -1)[rows].flatten()
             error -= fold(torch.outer(u, v), tuple(error.shape), row_axis)
         return error
+
+
+def layer_name(site: Site) -> str:
+    """The site's layer, as a group on a Root names it."""
+    parts = ["model", site.module, "" if site.tensor == "weight" else site.tensor]
+    return ".".join(part for part in parts if part)
 
 
 def errors_of_sum(truths: Sequence[Truth], computed: Tensor, rows: slice) -> Tensor:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu import MB, WARM_UPS
-from benchmarks.gpu.groups import Group, Rows, Setting, attempt
+from benchmarks import MB, WARM_UPS
+from benchmarks.experiments.groups import Group, Rows, Setting, attempt
 from bssn_kernels import functional
 from bssn_kernels.bench.verify import TOLERANCE, norm, relative, worst
 from bssn_kernels.plan import LayerSpec

@@ -49,7 +49,22 @@ class Side:
             target.add_(torch.outer(u, v).view(self.shape))
 
 
-class Foreach(nn.Module):
+class Composed(nn.Module):
+    """A root that normalizes by itself: the weights of another one, bare, with the same face."""
+
+    def __init__(self, root: Root, variant: str) -> None:
+        super().__init__()
+        self.sites, self.variant = root.sites, resolve_variant(variant)
+        self.weights = nn.ParameterList(root.originals())
+
+    def originals(self) -> list[Tensor]:
+        return list(self.weights)
+
+    def gains(self) -> list[None]:
+        return [None] * len(self.weights)
+
+
+class Foreach(Composed):
     """A root of as few of torch's operations as we could make them.
 
     Products are chained without a norm between, sigma is the last norm, and all that has a ``_foreach`` form takes all
@@ -57,9 +72,7 @@ class Foreach(nn.Module):
     """
 
     def __init__(self, root: Root, variant: str) -> None:
-        super().__init__()
-        self.sites, self.variant = root.sites, resolve_variant(variant)
-        self.weights = nn.ParameterList(root.originals())
+        super().__init__(root, variant)
         self.layers: list[list[Side]] = []
         for site, weight in zip(root.sites, self.weights):
             shares = [self.variant.out, self.variant.into]
@@ -68,9 +81,6 @@ class Foreach(nn.Module):
             axes = (site.axis, 1 - site.axis)
             self.layers.append([Side(weight, axes[d], d == 1, share) for d, share in enumerate(shares)])
         self.sides = [(k, side) for k, sides in enumerate(self.layers) for side in sides]
-
-    def originals(self) -> list[Tensor]:
-        return list(self.weights)
 
     def vectors(self) -> list[list[Tensor]]:
         return [[x for side in sides for x in side.logical_vectors()] for sides in self.layers]

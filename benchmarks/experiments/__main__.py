@@ -1,7 +1,7 @@
 """What to measure first on a new GPU: bandwidths, whole calls, launch settings, the schedule, progress, host time.
 
-    python -m benchmarks.gpu.experiments --json experiments.json
-    python -m benchmarks.gpu.experiments settings schedule
+    python -m benchmarks.experiments --json experiments.json
+    python -m benchmarks.experiments settings schedule
 
 Each experiment runs in a process of its own; one that fails or hangs is reported and the rest goes on. The exit code is
 1 if one failed.
@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.child import Say, apart
-from benchmarks.gpu.correctness import small, stability
-from benchmarks.gpu.groups import Rows, Setting
-from benchmarks.gpu.report import dump, gpu_machine, progress, told
-from benchmarks.gpu.speed import bandwidth, host, schedule, settings, whole
+from benchmarks.child import Say, apart
+from benchmarks.experiments.correctness import small, stability
+from benchmarks.experiments.groups import Rows, Setting
+from benchmarks.experiments.speed import bandwidth, host, schedule, settings, whole
+from benchmarks.report import dump, progress
 from bssn_kernels import backends
+from bssn_kernels.bench.machine import machine
 from bssn_kernels.bench.report import aligned
+from bssn_kernels.bench.session import told
 
 FORMAT = "bssn_kernels gpu experiments 1"
 LEAST_S = 15.0  # an experiment is not begun with less
@@ -40,14 +42,23 @@ EXPERIMENTS: dict[str, tuple[Callable[[Setting], Rows], float]] = {
     "schedule": (schedule, 120),
     "host": (host, 120),
 }
+# What is varied there is Triton's own; a bandwidth is nobody's.
+ONLY_TRITON, ONCE = ("settings", "schedule"), ("bandwidth",)
+
+
+def settings_of(name: str, settings: Sequence[Setting]) -> Sequence[Setting]:
+    """Those that an experiment runs under: every backend's, or one alone."""
+    if name in ONLY_TRITON and len(settings) > 1:
+        return [setting for setting in settings if setting.backend == "triton"]
+    return settings[:1] if name in ONCE else settings
 
 
 def measure(name: str, setting: Setting, say: Say) -> dict[str, Any]:
     """One experiment in this process; what is known is said after every row."""
     run, limit = EXPERIMENTS[name]
     start = time.perf_counter()
-    record: dict[str, Any] = {"experiment": name, "what": run.__doc__.splitlines()[0], "rows": []}
-    progress(name)
+    record: dict[str, Any] = nothing_of(name, setting) | {"what": run.__doc__.splitlines()[0]}
+    progress(f"{name}, {setting.backend}")
     try:
         for row in run(setting):
             record["rows"].append(row)
@@ -58,6 +69,11 @@ def measure(name: str, setting: Setting, say: Say) -> dict[str, Any]:
     return record | {"seconds": time.perf_counter() - start}
 
 
+def nothing_of(name: str, setting: Setting) -> dict[str, Any]:
+    """The record of an experiment that never said anything."""
+    return {"kind": "experiment", "experiment": name, "backend": setting.backend, "rows": []}
+
+
 def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
@@ -66,7 +82,7 @@ def shown(value: Any) -> str:
 
 def table(record: Mapping[str, Any]) -> str:
     """An experiment's rows, and why some have failed."""
-    lines = [f"{record['experiment']}: {record.get('what', '')}"]
+    lines = [f"{record['experiment']}, {record['backend']}: {record.get('what', '')}"]
     rows = [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in record["rows"]]
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "failed"]
     cells: list[tuple[str, ...] | str] = [tuple(names)]
@@ -88,18 +104,19 @@ def summary(records: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
         said = [record["failed"]] if record.get("failed") else []
         said += [f"{len(bad)} failed, the first: {bad[0]}"] if bad else []
         well = well and not said
-        lines.append(f"  {record['experiment']:<12}{len(record['rows']):>4} rows  {'; '.join(said) or 'ok'}")
+        what = f"{record['experiment']}, {record['backend']}"
+        lines.append(f"  {what:<24}{len(record['rows']):>4} rows  {'; '.join(said) or 'ok'}")
     return "\n".join(lines), well
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("benchmarks.gpu.experiments", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser("benchmarks.experiments", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("experiment", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)} (default: all, in this order)")
     add("--list", action="store_true", help="name the experiments")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: what needs no GPU, for tests")
-    add("--backend", choices=backends.names(), default="triton")
+    add("--backend", nargs="+", choices=backends.names(), help="default: the fused ones of the device")
     add("--deadline", type=float, default=3600.0, metavar="S", help="time for all; later ones are left out")
     add("--json", type=Path, metavar="FILE", help="everything measured, raw samples included, kept up to date")
     add("--in-process", action="store_true", help="no process per experiment, as a tool that watches one wants it")
@@ -116,22 +133,28 @@ def main(argv: Sequence[str] | None = None, setting: Setting | None = None) -> i
             print(f"{name:<12}{run.__doc__.splitlines()[0]}")
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.gpu.experiments: torch sees no CUDA device here", file=sys.stderr)
+        print("benchmarks.experiments: torch sees no CUDA device here", file=sys.stderr)
         return 2
-    setting = setting or Setting(torch.device(args.device), args.backend)
-    head = {"format": FORMAT, "machine": gpu_machine(setting.device), "settings": {"backend": setting.backend}}
+    device = torch.device(args.device)
+    fused = args.backend or [name for name in backends.natural(args.device) if name != "reference"]
+    if not (setting or fused):
+        print(f"benchmarks.experiments: no fused backend can run here: {backends.report()}", file=sys.stderr)
+        return 2
+    given = [setting] if setting else [Setting(device, name) for name in fused]
+    head = {"format": FORMAT, "machine": machine(device), "settings": {"backend": [one.backend for one in given]}}
     records: list[dict] = []
     end = time.monotonic() + args.deadline
-    for name in args.experiment or EXPERIMENTS:
-        left, nothing = end - time.monotonic(), {"experiment": name, "rows": []}
+    jobs = [(name, one) for name in args.experiment or EXPERIMENTS for one in settings_of(name, given)]
+    for name, one in jobs:
+        left, nothing = end - time.monotonic(), nothing_of(name, one)
         if args.in_process or args.device == "cpu":
-            record = measure(name, setting, lambda record, seconds: None)
+            record = measure(name, one, lambda record, seconds: None)
         elif left < LEAST_S:
             record = nothing | {"failed": "no time was left"}
         else:
-            record = apart(measure, (name, setting), nothing, min(left, START_S + EXPERIMENTS[name][1]))
+            record = apart(measure, (name, one), nothing, min(left, START_S + EXPERIMENTS[name][1]))
         records.append(record)
-        dump(args.json, head, "experiments", records)
+        dump(args.json, head, records)
         print(table(record), flush=True)
     text, well = summary(records)
     print(text)

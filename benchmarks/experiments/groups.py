@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu import MB
-from benchmarks.gpu.clocks import clock_of, of_samples, rounds
-from benchmarks.gpu.report import told
+from benchmarks import MB
 from bssn_kernels import functional
-from bssn_kernels.bench.measure import Task
+from bssn_kernels.bench.measure import clock_of, interleaved
+from bssn_kernels.bench.session import told
+from bssn_kernels.bench.task import Task
 from bssn_kernels.bench.workloads import WORKLOADS
 from bssn_kernels.variants import resolve_variant
 
@@ -49,8 +49,8 @@ class Setting:
 
     def samples_of(self, tasks: Mapping[str, Task], which: str = "device", cold: bool = False) -> dict[str, dict]:
         """Seconds of all tasks by one of the clocks, in interleaved rounds."""
-        times = rounds(tasks, clock_of(self.device, cold), self.samples)
-        return {name: of_samples(getattr(of_task, which)) for name, of_task in times.items()}
+        times = interleaved(tasks, clock=clock_of(self.device, cold), repeats=self.samples)
+        return {name: getattr(of_task, which).record() for name, of_task in times.items()}
 
 
 class Group:

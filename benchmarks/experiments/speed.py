@@ -10,16 +10,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu import LARGE, MB
-from benchmarks.gpu.groups import Group, Rows, Setting, attempt
-from benchmarks.gpu.measurement import streams
-from benchmarks.gpu.providers import OnDevice, captured
+from benchmarks import LARGE, MB
+from benchmarks.experiments.groups import Group, Rows, Setting, attempt
+from benchmarks.measure import streams
+from benchmarks.providers import captured
 from bssn_kernels.backends import _order
 from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule
 from bssn_kernels.bench.host import WIDTH, floor_task, functional_task
-from bssn_kernels.bench.measure import Task
-from bssn_kernels.bench.providers import make_fused
-from bssn_kernels.bench.session import tasks_of
+from bssn_kernels.bench.providers import Subject, make_fused, tasks_of
+from bssn_kernels.bench.task import Task
 from bssn_kernels.plan import GroupPlan, layer_rows
 
 
@@ -116,14 +115,14 @@ def host(setting: Setting) -> Rows:
 
     for n in setting.counts:
         layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(n)))
-        subject = OnDevice(f"{n} layers", layers, setting.device)
+        subject = Subject(f"{n} layers", layers, device=setting.device)
         native, grads = subject.copy(), [torch.randn(WIDTH, WIDTH, device=setting.device)] * n
         floor = seconds(floor_task(native))
         yield {"layers": n, "what": "floor", "us": floor["median"] * 1e6, "samples": floor}
         makers = {
             "functional, forward": lambda: functional_task(native, setting.backend),  # noqa: B023
             "root, forward": lambda: Task(make_fused(setting.backend, subject, "sn")),  # noqa: B023
-            "root, forward + backward": lambda: tasks_of(make_fused(setting.backend, subject, "sn"), grads)[1],  # noqa: B023
+            "root, forward + backward": lambda: tasks_of(make_fused(setting.backend, subject, "sn"), grads)["both"],  # noqa: B023
         }
         if setting.cuda:
             graphed = makers["functional, forward"]
