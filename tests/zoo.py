@@ -89,6 +89,11 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and interpreting()
 
 
+def played(backend: str) -> bool:
+    """Whether this backend runs on a model of a device, which takes a millisecond and more for a tile."""
+    return backend == "cuda" and modelling()
+
+
 def home(backend: str) -> torch.device:
     """Where the tensors of a test of this backend are."""
     on_gpu = {"triton": not interpreting(), "cuda": not modelling()}

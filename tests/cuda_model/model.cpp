@@ -22,7 +22,8 @@ namespace cuda {
 namespace model {
 namespace {
 
-constexpr size_t kStack = 64 << 10;
+// Not a power of two, or the stacks of all threads would compete for the same lines of the cache.
+constexpr size_t kStack = (64 << 10) + 17 * 64;
 
 struct Copy {
   void* to;
