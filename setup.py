@@ -51,12 +51,12 @@ ISAS = {"linux-x86_64": X86_ISAS, "linux-aarch64": {"plain": ()}}
 # cudart is linked in statically, and it alone looks for the driver, at its first call: the module loads where there is
 # none, and does not care which cudart torch has brought.
 NVCC_FLAGS = (
-    *("-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr"),
+    *("-O3", "-std=c++17", "--expt-relaxed-constexpr"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
-    "-Xfatbin=-compress-all",  # with -lineinfo nvcc leaves code as it is otherwise, some six times larger
+    "-Xfatbin=-compress-all",  # code for all architectures is some six times larger otherwise
 )
 NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
-# The bulk asynchronous copies of sm_90 came into PTX with CUDA 12.0 (11.8 knows the chip, and not its instructions).
+# The kernels need C++17 and __grid_constant__ parameters; older toolkits than the first for Hopper were never tried.
 OLDEST_NVCC = (12, 0)
 # What is compiled for, as far as nvcc knows it, and PTX for the newest. None is older than the kernels are made for.
 CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)

@@ -38,6 +38,7 @@ model = re.search(r"\b[A-Z]+\d+\b", name)
 print(model.group().lower() if model else re.sub(r"\W+", "_", name).strip("_").lower())
 PYTHON
 ) || exit 2
+capability=$(python3 -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 2
 mkdir -p "$out" || exit 2
 
 lines=()
@@ -98,7 +99,9 @@ stage_tests() {
     echo "without $missing the tests of random groups are left out"
     note tests "random groups" "left out" 0
   fi
-  run tests build env BSSN_CPU=1 python3 -m pip install --no-build-isolation --no-deps -e .
+  # For this device alone, which takes a minute, and with the lines that the sanitizer names.
+  run tests build env BSSN_CPU=1 BSSN_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability" NVCC_APPEND_FLAGS=-lineinfo \
+    python3 -m pip install --no-build-isolation --no-deps -e .
   run tests "pytest -m device" env BSSN_STRICT=1 python3 -m pytest -q -x -m device
   run tests "pytest tests/test_gpu.py" env BSSN_STRICT=1 python3 -m pytest -q tests/test_gpu.py
 }
@@ -115,7 +118,7 @@ stage_sanitizer() {
     return
   fi
   local check
-  for check in memcheck racecheck; do
+  for check in memcheck racecheck synccheck initcheck; do
     run sanitizer "$check" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$check" --report-api-errors no \
       --target-processes application-only --error-exitcode 9 "${small[@]}"
   done

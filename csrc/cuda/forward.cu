@@ -8,7 +8,7 @@ namespace cuda {
 // Programs an SM for which registers are handed out: as many as shared memory lets reside on sm_90, and fewer for half
 // precision, whose 16 bytes are eight numbers.
 template <class T, bool kBoth>
-constexpr int kResident = kBoth || sizeof(T) == 2 ? 3 : 4;
+constexpr int kResident = kBoth || sizeof(T) == 2 || kPairs ? 3 : 4;
 
 template <class T, bool kBoth>
 __global__ void __launch_bounds__(kThreads, kResident<T, kBoth>)

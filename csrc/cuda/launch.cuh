@@ -16,6 +16,13 @@
 namespace bssn {
 namespace cuda {
 
+// From sm_100 on the compiler works on pairs of numbers, which takes more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it is told here, and must not be found by the next call
