@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from bssn_kernels.backends import _tables as s
-from bssn_kernels.backends._geometry import FLAT
+from bssn_kernels.backends._geometry import FLAT, MOST_CHUNKS
 from bssn_kernels.backends._schedule import Schedule
 
 
@@ -87,6 +87,7 @@ class Model:
             assert tile["layer"] in self.finished, "a layer was scaled before its norms were known"
         if tile["kind"] in (s.INNER, s.OUTER):
             self.check_source(tile)
+            assert tile["kind"] == s.OUTER or tile["chunks"] <= MOST_CHUNKS, "csrc/cuda has no room for more vectors"
             for e in self.roles(tile["mask"]):
                 self.owner[self.partials(tile, e)] = tile["block"]
         elif tile["kind"] in (s.SCALE, s.UPDATE):

@@ -117,8 +117,8 @@ FAULTS = {
     "nobody waits for the products": ("collectives.cuh", "  if (target <= 0) return;", "  if (target < 1000) return;"),
     "threads go on before the wait is over": (
         "collectives.cuh",
-        "< target) pause();\n  barrier();",
-        "< target) pause();",
+        "what was published before is there after it\n  }\n  barrier();",
+        "what was published before is there after it\n  }",
     ),
     "numbers are used while their copy is on its way": (
         "policy.cuh",

@@ -134,6 +134,14 @@ class TestTables:
         state = _launch.State.of(plan.tables[0])
         assert len(state._launches) <= _launch.KEPT_LAUNCHES and len(state._addresses) <= _launch.KEPT_ADDRESSES
 
+    def test_what_is_used_stays(self, gpu_backend, made, monkeypatch):
+        monkeypatch.setattr(_launch, "KEPT_LAUNCHES", 2)
+        plan = functional.plan_for([torch.randn(2, 3)], backend=gpu_backend)
+        weights, vectors = [torch.randn(2, 3)], [torch.randn(n) for n in plan.sizes]
+        for iterations in (1, 2, 1, 3, 1, 4, 1):
+            functional.spectral_normalize(weights, vectors, plan, iterations)
+        assert made.count("ForwardSchedule") == 4
+
 
 @pytest.mark.parametrize("module", [nn.Linear(30, 20), nn.Conv2d(6, 8, 3), nn.ConvTranspose2d(4, 6, 4)])
 def test_vectors_of_a_half_precision_module(gpu_backend, module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ counters_of = Counters()
 # What captured graphs read: tables, addresses and counters. A graph may outlive the plan and cannot say when it ends,
 # so they are kept for ever; a few hundred KB for each capture.
 captured: list[object] = []
+_calls = count()
 
 
 @dataclass
@@ -86,12 +88,16 @@ class Launch:
     Attributes:
         layers: for errors: how many, some of their names, the largest shape.
         spares: zeroed counters for graphs; each serves one captured launch for ever.
+        used: number of the last call.
+        streams: where it ran; the allocator knows of them, so that tables outlive what still reads them.
     """
 
     schedule: Schedule
     layers: str
     tables: dict[str, Tensor]
     spares: list[Tensor]
+    streams: set[int]
+    used: int = 0
 
     @classmethod
     def make(cls, schedule: Schedule, layers: str, device: torch.device) -> Launch:
@@ -101,11 +107,15 @@ class Launch:
         spares = []
         if device.type == "cuda":
             spares = [torch.zeros(n, dtype=torch.int32, device=device) for _ in range(SPARE_COUNTERS)]
-        return cls(schedule, layers, tables, spares)
+        return cls(schedule, layers, tables, spares, set())
 
     def counters(self, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
         n = self.schedule.n_counters * COUNTER_STRIDE
         if not capturing(stream):
+            if stream is not None and stream.cuda_stream not in self.streams:
+                self.streams.add(stream.cuda_stream)
+                for table in self.tables.values():
+                    table.record_stream(stream)
             return counters_of.get(n, device, stream)
         own = self.spares.pop() if self.spares else torch.zeros(n, dtype=torch.int32, device=device)
         captured.append(own)
@@ -170,10 +180,10 @@ class State:
             if now:
                 raise RuntimeError(f"this {key[0]} was never run before the capture: {WARM_UP}")
             if len(self._launches) >= KEPT_LAUNCHES:
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)  # another stream may still read its tables
-                self._launches.pop(next(iter(self._launches)))
+                oldest = min(self._launches.items(), key=lambda item: item[1].used)
+                self._launches.pop(oldest[0], None)
             found = self._launches[key] = Launch.make(make(), self._described(layers), device)
+        found.used = next(_calls)
         if now:
             captured.append(found)
         return found

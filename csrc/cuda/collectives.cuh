@@ -52,8 +52,11 @@ BSSN_DEVICE int raise(int* counters, int i, int* shared) {
 
 BSSN_DEVICE void await(const int* counters, int i, int target) {
   if (target <= 0) return;
-  if (thread() == 0)
-    while (load_acquire(counters + i * kCounterStride) < target) pause();
+  if (thread() == 0) {
+    const int* counter = counters + i * kCounterStride;
+    while (load_relaxed(counter) < target) pause();
+    load_acquire(counter);  // counters only grow: it reads no less, and what was published before is there after it
+  }
   barrier();
 }
 

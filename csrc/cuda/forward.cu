@@ -48,11 +48,18 @@ std::string missing_code(int device) {
   cudaFuncAttributes attributes;
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess)
-    error = cudaFuncGetAttributes(&attributes,
-                                  reinterpret_cast<const void*>(&forward_kernel<float, false>));
-  if (error == cudaSuccess) return "";
-  cudaGetLastError();
-  return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);
+    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&forward_kernel<float, false>));
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorInsufficientDriver:
+      cudaGetLastError();
+      return std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);
+    default:
+      check(error, "cudaFuncGetAttributes");
+      return "";
+  }
 }
 
 }  // namespace cuda

@@ -9,10 +9,12 @@
 //          writes W_bar, evict-first       352 MB                                          82 us
 //
 // L2 and HBM traffic overlap, so HBM decides: W 1.6 to 1.7 times and W_bar once, 2.6 to 2.7 sets of weights against the
-// copy's 2, that is 1.3 to 1.35 times the copy where nothing else counts; 1.0 to 1.15 for sets whose layers fit L2. Each
-// tile takes part in two or three barriers and one atomic, about 10,000 tiles in all: with 4 programs an SM some 2 us
-// are exposed at the beginning and at the end, and one dependency (0.9 us) per group of rows and two per layer, hidden
-// by the tiles of other groups and layers. BSSN reads the same: its in-direction runs in the opposite order.
+// copy's 2, that is 1.3 to 1.35 times the copy where nothing else counts; 1.0 to 1.15 for sets whose layers fit L2. About
+// 10,000 tiles of 128 KB, each with five barriers or so and two atomics, and one dependency (0.9 us, and the sums of its
+// block) per group of rows and two per layer. With 4 programs an SM 67 MB of tiles are in hand at once, so an OUTER tile,
+// 6 MB behind its INNER, finds that one at work and waits for it; half of the programs then still have 6 MB on their way
+// (24 KB each), twice what HBM's latency asks for. Whether smaller tiles or a longer way between the two do better is the
+// first thing to measure. BSSN reads the same: its in-direction runs in the opposite order.
 #pragma once
 
 #include "../algebra.h"

@@ -39,6 +39,8 @@ inline int prepare(const void* kernel, size_t shared, int device) {
   if (found != known.end()) return found->second;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
         "cudaFuncSetAttribute");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "cudaFuncSetAttribute");
   int per_processor = 0, processors = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, shared),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
@@ -85,7 +87,7 @@ inline void start(const void* kernel, size_t shared, const Call& call, void** ar
   prepare(kernel, shared, call.device);
   check(cudaLaunchKernel(kernel, dim3(unsigned(call.launch.n_programs)), dim3(kThreads), arguments, shared,
                          static_cast<cudaStream_t>(call.stream)),
-        "cudaLaunchKernel");
+        "cudaLaunchKernel (an error of earlier work on this device is told here too)");
 }
 
 // Does `f` with a value of the weights' type, and with whether a layer has role 1.

@@ -26,7 +26,7 @@ void backward(const Call& call);
 // How many programs are resident at once: what launch.n_programs should be at most.
 int resident_programs(bool forward, DType weight_dtype, bool both, int device);
 
-// Why there is no code for this device; empty where there is.
+// Why there is no code that this device and its driver take; empty where there is.
 std::string missing_code(int device);
 
 }  // namespace cuda

@@ -6,32 +6,68 @@
 namespace bssn {
 namespace cuda {
 
+// Where the terms of a sum stand: for number e, slot and f at e * entry + slot * slot_stride + f * fold_stride.
+struct Terms {
+  int slots, fold, entry, fold_stride;
+  int64_t slot_stride;
+};
+
 // out[e] = the sum of its terms in a fixed order, in float64; returns this thread's share of the sum of their squares.
-// A warp has 32 numbers at a time, the warps share the terms.
+// This is what others wait for, so many loads are on their way at once: of four numbers per thread, or, where there are
+// few numbers, of several parts of the terms of each.
 template <class A>
-BSSN_DEVICE double add_up(const A* parts, A* out, int n, int entry_stride, int terms, int fold, int fold_stride,
-                          int64_t slot_stride, A* scratch) {
+BSSN_DEVICE double add_up(const A* parts, A* out, int n, const Terms& terms, A* scratch) {
+  constexpr int kAtOnce = 4;
   double squares = 0;
-  double* const sums = reinterpret_cast<double*>(scratch);
-  for (int first = 0; first < n; first += 32) {
-    const int e = first + lane();
-    double sum = 0;
-    if (e < n)
-      for (int t = warp(); t < terms; t += kWarps) {
-        const int slot = t / fold, f = t - slot * fold;
-        sum += double(load_fresh(parts + slot * slot_stride + f * fold_stride + int64_t(e) * entry_stride));
+  if (n > kThreads / 2) {
+    for (int first = thread(); first < n; first += kAtOnce * kThreads) {
+      double sums[kAtOnce] = {};
+      for (int slot = 0; slot < terms.slots; ++slot) {
+        const A* p = parts + slot * terms.slot_stride + int64_t(first) * terms.entry;
+        BSSN_UNROLL_BY_4
+        for (int f = 0; f < terms.fold; ++f) {
+          A x[kAtOnce];
+          BSSN_UNROLL
+          for (int j = 0; j < kAtOnce; ++j)
+            x[j] = first + j * kThreads < n
+                       ? load_fresh(p + f * terms.fold_stride + int64_t(j * kThreads) * terms.entry)
+                       : A(0);
+          BSSN_UNROLL
+          for (int j = 0; j < kAtOnce; ++j) sums[j] += double(x[j]);
+        }
       }
-    barrier();
-    sums[thread()] = sum;
-    barrier();
-    if (warp() == 0 && e < n) {
-      sum = 0;
       BSSN_UNROLL
-      for (int i = 0; i < kWarps; ++i) sum += sums[i * 32 + lane()];
-      const A x = A(sum);
-      out[e] = x;
-      squares += double(x) * double(x);
+      for (int j = 0; j < kAtOnce; ++j)
+        if (first + j * kThreads < n) {
+          const A x = A(sums[j]);
+          out[first + j * kThreads] = x;
+          squares += double(x) * double(x);
+        }
     }
+    return squares;
+  }
+  int width = 1;  // a power of two
+  while (width < n) width *= 2;
+  const int shares = kThreads / width, e = thread() & (width - 1), share = thread() / width;
+  double sum = 0;
+  if (e < n) {
+    const int count = terms.slots * terms.fold;
+    BSSN_UNROLL_BY_4
+    for (int t = share; t < count; t += shares) {
+      const int slot = t / terms.fold, f = t - slot * terms.fold;
+      sum += double(load_fresh(parts + slot * terms.slot_stride + f * terms.fold_stride + int64_t(e) * terms.entry));
+    }
+  }
+  double* const sums = reinterpret_cast<double*>(scratch);
+  barrier();
+  sums[thread()] = sum;
+  barrier();
+  if (thread() < n) {
+    sum = 0;
+    for (int i = 0; i < shares; ++i) sum += sums[i * width + thread()];
+    const A x = A(sum);
+    out[thread()] = x;
+    squares = double(x) * double(x);
   }
   return squares;
 }
@@ -44,28 +80,25 @@ BSSN_DEVICE_CALL void combine(const LaunchParams& launch, const Block& block, co
   const Role& role = layer.roles[e];
   A* const work = static_cast<A*>(launch.work);
   const bool odd = block.parity != 0, outer = block.kind == kOuter;
-  int64_t begin, slot_stride, part, raw, shares;
-  int count, entry_stride = 1, terms, fold = 1, fold_stride = 0, segments = 1;
+  int64_t begin, part, raw, shares;
+  int count, segments = 1;
+  Terms terms;
   if (outer) {  // numbers of the spread, one term per slot and column that it folds
     begin = e ? block.start1 : block.start0;
     count = e ? block.count1 : block.count0;
     if (e == 0) segments = block.segments;
-    entry_stride = int(role.entry_stride), fold = int(role.fold), fold_stride = int(role.fold_stride);
-    terms = int(role.outer_slots) * fold;
-    slot_stride = layer.l;
+    terms = {int(role.outer_slots), int(role.fold), int(role.entry_stride), int(role.fold_stride), layer.l};
     part = role.outer_partial, raw = odd ? role.spread_odd : role.spread, shares = role.outer_shares;
   } else {  // or of the slab, one term per slot
     begin = block.start0 * role.raw_yp;
     count = int(block.count0 * role.raw_yp);
-    terms = int(role.inner_slots);
-    slot_stride = role.slab_size;
+    terms = {int(role.inner_slots), 1, 1, 0, role.slab_size};
     part = role.inner_partial, raw = odd ? role.slab_odd : role.slab, shares = role.inner_shares;
   }
   double share = 0;
   for (int i = 0; i < segments; ++i) {
     const int64_t o = begin + i * layer.r;
-    share += add_up(work + part + (begin * entry_stride + i * layer.r), work + raw + o, count, entry_stride, terms, fold,
-                    fold_stride, slot_stride, shared.scratch);
+    share += add_up(work + part + (begin * terms.entry + i * layer.r), work + raw + o, count, terms, shared.scratch);
   }
   if (!forward) return;
   if (block.dot) {  // without an iteration: the dot product with the stored slab

@@ -14,6 +14,7 @@
 #define BSSN_DEVICE inline
 #define BSSN_DEVICE_CALL
 #define BSSN_UNROLL
+#define BSSN_UNROLL_BY_4
 
 namespace bssn {
 namespace cuda {
@@ -98,6 +99,7 @@ inline int add_relaxed(int* counter, int n) {
 }
 inline int add_acquire_release(int* counter, int n) { return add_relaxed(counter, n); }
 inline int load_acquire(const int* counter) { return *counter; }
+inline int load_relaxed(const int* counter) { return *counter; }
 inline void pause() { model::pause(); }
 
 template <class Bits>
