@@ -122,7 +122,8 @@ def test_long_sums_keep_their_accuracy(backend, layer):
 def test_every_variant_under_every_semantics(backend, layer, dtype):
     product = itertools.product(VARIANTS, semantics_names(), ITERATIONS)
     cases = [Case(layer, "contiguous", dtype, v, s, n, gain=len(v) % 2 == 0) for v, s, n in product]
-    check(fitting(cases, backend, 9), backend)
+    whole = layer in ("linear", "conv2d") and dtype == torch.float32  # on every backend
+    check(cases if whole else fitting(cases, backend, 9), backend)
 
 
 @pytest.mark.parametrize("output_dtype", (torch.float32, *HALVES), ids=SHORT.get)
