@@ -10,7 +10,7 @@
 #define BSSN_DEVICE __device__ __forceinline__
 #define BSSN_DEVICE_CALL __device__ __noinline__
 #define BSSN_UNROLL _Pragma("unroll")
-#define BSSN_UNROLL_BY_4 _Pragma("unroll 4")
+#define BSSN_UNROLL_BY_2 _Pragma("unroll 2")
 
 namespace bssn {
 namespace cuda {

@@ -18,23 +18,25 @@ struct Terms {
 template <class A>
 BSSN_DEVICE double add_up(const A* parts, A* out, int n, const Terms& terms, A* scratch) {
   constexpr int kAtOnce = 4;
+  const int count = terms.slots * terms.fold;
   double squares = 0;
   if (n > kThreads / 2) {
     for (int first = thread(); first < n; first += kAtOnce * kThreads) {
       double sums[kAtOnce] = {};
-      for (int slot = 0; slot < terms.slots; ++slot) {
-        const A* p = parts + slot * terms.slot_stride + int64_t(first) * terms.entry;
-        BSSN_UNROLL_BY_4
-        for (int f = 0; f < terms.fold; ++f) {
-          A x[kAtOnce];
-          BSSN_UNROLL
-          for (int j = 0; j < kAtOnce; ++j)
-            x[j] = first + j * kThreads < n
-                       ? load_fresh(p + f * terms.fold_stride + int64_t(j * kThreads) * terms.entry)
-                       : A(0);
-          BSSN_UNROLL
-          for (int j = 0; j < kAtOnce; ++j) sums[j] += double(x[j]);
-        }
+      const A* p = parts + int64_t(first) * terms.entry;
+      const int64_t next_slot = terms.slot_stride - int64_t(terms.fold - 1) * terms.fold_stride;
+      int f = 0;
+      BSSN_UNROLL_BY_2
+      for (int t = 0; t < count; ++t) {
+        A x[kAtOnce];
+        BSSN_UNROLL
+        for (int j = 0; j < kAtOnce; ++j)
+          x[j] = first + j * kThreads < n ? load_fresh(p + int64_t(j * kThreads) * terms.entry) : A(0);
+        BSSN_UNROLL
+        for (int j = 0; j < kAtOnce; ++j) sums[j] += double(x[j]);
+        const bool last = ++f == terms.fold;
+        p += last ? next_slot : terms.fold_stride;
+        f = last ? 0 : f;
       }
       BSSN_UNROLL
       for (int j = 0; j < kAtOnce; ++j)
@@ -51,8 +53,7 @@ BSSN_DEVICE double add_up(const A* parts, A* out, int n, const Terms& terms, A* 
   const int shares = kThreads / width, e = thread() & (width - 1), share = thread() / width;
   double sum = 0;
   if (e < n) {
-    const int count = terms.slots * terms.fold;
-    BSSN_UNROLL_BY_4
+    BSSN_UNROLL_BY_2
     for (int t = share; t < count; t += shares) {
       const int slot = t / terms.fold, f = t - slot * terms.fold;
       sum += double(load_fresh(parts + slot * terms.slot_stride + f * terms.fold_stride + int64_t(e) * terms.entry));

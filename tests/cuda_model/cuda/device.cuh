@@ -14,7 +14,7 @@
 #define BSSN_DEVICE inline
 #define BSSN_DEVICE_CALL
 #define BSSN_UNROLL
-#define BSSN_UNROLL_BY_4
+#define BSSN_UNROLL_BY_2
 
 namespace bssn {
 namespace cuda {
