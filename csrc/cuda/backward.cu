@@ -7,7 +7,7 @@ namespace cuda {
 
 // Programs an SM for which registers are handed out. Each has 24 KB on its way, so two keep an SM's share of HBM busy.
 template <bool kBoth>
-constexpr int kResident = kBoth || kPairs ? 2 : 3;
+constexpr int kResident = kBoth || kArch >= 100 ? 2 : 3;
 
 template <class T, bool kBoth>
 __global__ void __launch_bounds__(kThreads, kResident<kBoth>)

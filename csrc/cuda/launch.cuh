@@ -16,11 +16,12 @@
 namespace bssn {
 namespace cuda {
 
-// From sm_100 on the compiler works on pairs of numbers, which takes more registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool kPairs = true;
+// What a kernel is compiled for, as in sm_90. From sm_100 on the compiler works on pairs of numbers, which takes more
+// registers, so fewer programs get more of them there.
+#if defined(__CUDA_ARCH__)
+constexpr int kArch = __CUDA_ARCH__ / 10;
 #else
-constexpr bool kPairs = false;
+constexpr int kArch = 0;
 #endif
 
 inline void check(cudaError_t error, const char* what) {
