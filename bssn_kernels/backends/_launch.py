@@ -14,9 +14,10 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from bssn_kernels.backends._geometry import LONGEST_ROW
 from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule, Schedule
 from bssn_kernels.backends._tables import ADDRESSES
-from bssn_kernels.plan import layer_rows
+from bssn_kernels.plan import FLOATS, LayerSpec, layer_rows
 
 KEPT_LAUNCHES, KEPT_ADDRESSES = 32, 32
 COUNTER_STRIDE = 8  # int32 numbers: counters are 32 bytes apart
@@ -29,6 +30,19 @@ def alike(tensors: Sequence[Tensor], accum: torch.dtype) -> Sequence[Tensor]:
     if not tensors or (len({x.dtype for x in tensors}) == 1 and all(map(Tensor.is_contiguous, tensors))):
         return tensors
     return [x.to(accum).contiguous() for x in tensors]
+
+
+def layer_reason(spec: LayerSpec, device: str) -> str:
+    """Why no kernel for GPUs can take a layer, whose tensors it expects on this type of device; or nothing."""
+    if spec.device.type != device:
+        return f"is on {spec.device}, expected {device}"
+    if spec.dtype not in FLOATS:
+        return f"is of {spec.dtype}, expected one of {list(FLOATS)}"
+    if isinstance(spec.view, str):
+        return f": {spec.view}"
+    if spec.view.extents[1] * spec.view.extents[2] > LONGEST_ROW:
+        return f"has rows of more than {LONGEST_ROW} elements in memory"
+    return ""
 
 
 class on:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bssn_kernels.backends import _tables
 from bssn_kernels.backends._compiled import DTYPE_CODES, build_reason
-from bssn_kernels.backends._geometry import FLAT, LONGEST_ROW, MOST_CHUNKS
-from bssn_kernels.backends._launch import COUNTER_STRIDE, Launch, State, alike, counters_of, on
+from bssn_kernels.backends._geometry import FLAT, MOST_CHUNKS
+from bssn_kernels.backends._launch import COUNTER_STRIDE, Launch, State, alike, counters_of, layer_reason, on
 from bssn_kernels.plan import SCALARS, LayerSpec, accumulation_dtype
 
 
@@ -93,15 +93,8 @@ class CudaBackend:
 
     @staticmethod
     def _layer_reason(spec: LayerSpec, usable: bool) -> str:
-        expected = "cpu" if modelling() else "cuda"
-        if spec.device.type != expected:
-            return f"is on {spec.device}, expected {expected}"
-        if spec.dtype not in DTYPE_CODES:
-            return f"is of {spec.dtype}, expected one of {list(DTYPE_CODES)}"
-        if isinstance(spec.view, str):
-            return f": {spec.view}"
-        if spec.view.extents[1] * spec.view.extents[2] > LONGEST_ROW:
-            return f"has rows of more than {LONGEST_ROW} elements in memory"
+        if reason := layer_reason(spec, "cpu" if modelling() else "cuda"):
+            return reason
         if usable and spec.device.type == "cuda":
             index = spec.device.index
             reason = _device_reason(torch.cuda.current_device() if index is None else index)

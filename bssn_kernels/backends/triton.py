@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bssn_kernels.backends._geometry import COLS, LONGEST_ROW, ROWS
-from bssn_kernels.backends._launch import Launch, State, alike, counters_of, on
-from bssn_kernels.plan import FLOATS, LayerSpec, accumulation_dtype
+from bssn_kernels.backends._geometry import COLS, ROWS
+from bssn_kernels.backends._launch import Launch, State, alike, counters_of, layer_reason, on
+from bssn_kernels.plan import LayerSpec, accumulation_dtype
 
 OLDEST = (3, 3)  # the first Triton that takes a tuple of tensors as an argument
 OLDEST_DEVICE = (7, 5)
@@ -124,15 +124,8 @@ class TritonBackend:
 
     @staticmethod
     def _layer_reason(spec: LayerSpec) -> str:
-        expected = "cpu" if interpreting() else "cuda"
-        if spec.device.type != expected:
-            return f"is on {spec.device}, expected {expected}"
-        if spec.dtype not in FLOATS:
-            return f"is of {spec.dtype}, expected one of {list(FLOATS)}"
-        if isinstance(spec.view, str):
-            return f": {spec.view}"
-        if spec.view.extents[1] * spec.view.extents[2] > LONGEST_ROW:
-            return f"has rows of more than {LONGEST_ROW} elements in memory"
+        if reason := layer_reason(spec, "cpu" if interpreting() else "cuda"):
+            return reason
         if spec.device.type == "cuda":
             capability = torch.cuda.get_device_capability(spec.device)
             if capability < OLDEST_DEVICE or (spec.dtype == torch.bfloat16 and capability < (8, 0)):
