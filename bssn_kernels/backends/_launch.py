@@ -123,6 +123,14 @@ class Launch:
             spares = [torch.zeros(n, dtype=torch.int32, device=device) for _ in range(SPARE_COUNTERS)]
         return cls(schedule, layers, tables, spares, set())
 
+    def buffers(
+        self, accum: torch.dtype, device: torch.device, stream: torch.cuda.Stream | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a launch works in: numbers in accumulation dtype and in float64, counters."""
+        work = torch.empty(max(self.schedule.workspace, 16), dtype=accum, device=device)
+        doubles = torch.empty(max(self.schedule.doubles, 16), dtype=torch.float64, device=device)
+        return work, doubles, self.counters(device, stream)
+
     def counters(self, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
         n = self.schedule.n_counters * COUNTER_STRIDE
         if not capturing(stream):

@@ -172,12 +172,9 @@ def _run(
     module, schedule, tables, device = _load()[0], launch.schedule, launch.tables, saved.device
     index = device.index or 0
     programs = min(_resident(forward, dtype, schedule.general, index), len(schedule.tiles))
-    work = torch.empty(max(schedule.workspace, 16), dtype=saved.dtype, device=device)
-    doubles = torch.empty(max(schedule.doubles, 16), dtype=torch.float64, device=device)
-    counters = launch.counters(device, stream)
     table = torch.empty(len(tensors), dtype=torch.int64, device=device) if len(tensors) > module.TENSORS else None
     names = ("tiles", "blocks", "layers", "vectors", "floats")
-    buffers = (saved, work, doubles, counters, grad_gains)
+    buffers = (saved, *launch.buffers(saved.dtype, device, stream), grad_gains)
     try:
         (module.forward if forward else module.backward)(
             [*(tables[name].data_ptr() for name in names), addresses.data_ptr()],

@@ -229,11 +229,8 @@ def _run(
         processors, capability = _device(device)
         config = config_of(capability, *kind, schedule.itemsize)
         programs = min(processors * config.programs, len(schedule.tiles))
-    work = torch.empty(max(schedule.workspace, 16), dtype=accum, device=device)
-    doubles = torch.empty(max(schedule.doubles, 16), dtype=torch.float64, device=device)
-    counters = launch.counters(device, stream)
     full = (
-        *(tables["tiles"], tables["blocks"], tables["layers"], *arguments, work, doubles, counters),
+        *(tables["tiles"], tables["blocks"], tables["layers"], *arguments, *launch.buffers(accum, device, stream)),
         *(len(schedule.tiles), programs, schedule.n_counters),
     )
     settings = dict(ROWS=ROWS, COLS=COLS[schedule.itemsize], STAGES=config.stages, BLOCK=config.block, **flags)

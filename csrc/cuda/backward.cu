@@ -16,27 +16,20 @@ __global__ void __launch_bounds__(kThreads, kResident<kBoth>)
   backward_program<T, kBoth>(launch, tensors, n_layers);
 }
 
-void backward(const Call& call) {
-  with_kernel(call.weight_dtype, call.both, [&](auto type, auto both) {
+Kernel backward_for(DType dtype, bool both) {
+  return kernel_for(dtype, both, [](auto type, auto flag) {
     using T = decltype(type);
-    LaunchParams launch = call.launch;
-    Tensors tensors = tensors_of(call);
-    int n_layers = int(call.tensors.size() / 2);
-    void* arguments[] = {&launch, &tensors, &n_layers};
-    start(reinterpret_cast<const void*>(&backward_kernel<T, decltype(both)::value>),
-          sizeof(Shared<T, decltype(both)::value>), call, arguments);
+    return Kernel{reinterpret_cast<const void*>(&backward_kernel<T, decltype(flag)::value>),
+                  sizeof(Shared<T, decltype(flag)::value>)};
   });
 }
 
-int resident_backward(DType dtype, bool both, int device) {
-  int programs = 0;
-  with_kernel(dtype, both, [&](auto type, auto flag) {
-    using T = decltype(type);
-    check(cudaSetDevice(device), "cudaSetDevice");
-    programs = prepare(reinterpret_cast<const void*>(&backward_kernel<T, decltype(flag)::value>),
-                       sizeof(Shared<T, decltype(flag)::value>), device);
-  });
-  return programs;
+void backward(const Call& call) {
+  LaunchParams launch = call.launch;
+  Tensors tensors = tensors_of(call);
+  int n_layers = int(call.tensors.size() / 2);
+  void* arguments[] = {&launch, &tensors, &n_layers};
+  start(backward_for(call.weight_dtype, call.both), call, arguments);
 }
 
 }  // namespace cuda

@@ -16,32 +16,25 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kBoth>)
   forward_program<T, kBoth>(launch, outs);
 }
 
+static Kernel forward_for(DType dtype, bool both) {
+  return kernel_for(dtype, both, [](auto type, auto flag) {
+    using T = decltype(type);
+    return Kernel{reinterpret_cast<const void*>(&forward_kernel<T, decltype(flag)::value>),
+                  sizeof(Shared<T, decltype(flag)::value>)};
+  });
+}
+
 void forward(const Call& call) {
-  with_kernel(call.weight_dtype, call.both, [&](auto type, auto both) {
-    using T = decltype(type);
-    LaunchParams launch = call.launch;
-    Tensors tensors = tensors_of(call);
-    void* arguments[] = {&launch, &tensors};
-    start(reinterpret_cast<const void*>(&forward_kernel<T, decltype(both)::value>),
-          sizeof(Shared<T, decltype(both)::value>), call, arguments);
-  });
+  LaunchParams launch = call.launch;
+  Tensors tensors = tensors_of(call);
+  void* arguments[] = {&launch, &tensors};
+  start(forward_for(call.weight_dtype, call.both), call, arguments);
 }
 
-int resident_forward(DType dtype, bool both, int device) {
-  int programs = 0;
-  with_kernel(dtype, both, [&](auto type, auto flag) {
-    using T = decltype(type);
-    check(cudaSetDevice(device), "cudaSetDevice");
-    programs = prepare(reinterpret_cast<const void*>(&forward_kernel<T, decltype(flag)::value>),
-                       sizeof(Shared<T, decltype(flag)::value>), device);
-  });
-  return programs;
-}
-
-int resident_backward(DType dtype, bool both, int device);
+Kernel backward_for(DType dtype, bool both);  // of backward.cu
 
 int resident_programs(bool forward, DType dtype, bool both, int device) {
-  return forward ? resident_forward(dtype, both, device) : resident_backward(dtype, both, device);
+  return prepare(forward ? forward_for(dtype, both) : backward_for(dtype, both), device);
 }
 
 std::string missing_code(int device) {

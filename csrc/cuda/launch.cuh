@@ -4,10 +4,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <mutex>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "normalize.h"
@@ -30,20 +31,28 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
 
-// Makes a kernel ready on the current device; how many programs of it are resident there.
-inline int prepare(const void* kernel, size_t shared, int device) {
+// A kernel and the shared memory of one of its programs.
+struct Kernel {
+  const void* entry;
+  size_t shared;
+};
+
+// Makes a kernel ready on a device, the current one from here on; how many programs of it are resident there.
+inline int prepare(const Kernel& kernel, int device) {
+  check(cudaSetDevice(device), "cudaSetDevice");
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(kernel, device);
+  const auto key = std::make_pair(kernel.entry, device);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
+  check(cudaFuncSetAttribute(kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kernel.shared)),
         "cudaFuncSetAttribute");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+  check(cudaFuncSetAttribute(kernel.entry, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
         "cudaFuncSetAttribute");
   int per_processor = 0, processors = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, shared),
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel.entry, kThreads, kernel.shared),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   return known[key] = std::max(1, per_processor * processors);
@@ -83,27 +92,17 @@ inline Tensors tensors_of(const Call& call) {
 }
 
 // `arguments` point to the kernel's parameters.
-inline void start(const void* kernel, size_t shared, const Call& call, void** arguments) {
-  check(cudaSetDevice(call.device), "cudaSetDevice");
-  prepare(kernel, shared, call.device);
-  check(cudaLaunchKernel(kernel, dim3(unsigned(call.launch.n_programs)), dim3(kThreads), arguments, shared,
-                         static_cast<cudaStream_t>(call.stream)),
+inline void start(const Kernel& kernel, const Call& call, void** arguments) {
+  prepare(kernel, call.device);
+  check(cudaLaunchKernel(kernel.entry, dim3(unsigned(call.launch.n_programs)), dim3(kThreads), arguments,
+                         kernel.shared, static_cast<cudaStream_t>(call.stream)),
         "cudaLaunchKernel (an error of earlier work on this device is told here too)");
 }
 
-// Does `f` with a value of the weights' type, and with whether a layer has role 1.
-template <bool b>
-struct Flag {
-  static constexpr bool value = b;
-};
+// The kernel that `f` gives for a value of the weights' type and for whether a layer has role 1.
 template <class F>
-void with_kernel(DType dtype, bool both, F f) {
-  auto typed = [&](auto type) {
-    if (both)
-      f(type, Flag<true>());
-    else
-      f(type, Flag<false>());
-  };
+Kernel kernel_for(DType dtype, bool both, F f) {
+  auto typed = [&](auto type) { return both ? f(type, std::true_type()) : f(type, std::false_type()); };
   switch (dtype) {
     case DType::f64: return typed(double());
     case DType::bf16: return typed(bf16());
