@@ -46,6 +46,7 @@ def compile_one(kernel, dtype: str, capability: int, general: bool, more: bool):
     config = config_of(divmod(capability, 10), general, more, BYTES[dtype])
     flags = {"GENERAL": general, "MIXED" if kernel is kernels.forward_kernel else "THROUGH": more}
     shape = {"ROWS": ROWS, "COLS": COLS[BYTES[dtype]], "STAGES": config.stages, "BLOCK": config.block}
+    shape["FLAT_STAGES"] = config.flat_stages
     types = signature(kernel, dtype, flags)
     aligned = [["tt.divisibility", 16]]
     attributes = {}
@@ -55,7 +56,7 @@ def compile_one(kernel, dtype: str, capability: int, general: bool, more: bool):
         elif kind.startswith("*"):
             attributes[(i,)] = aligned
     source = ASTSource(kernel, types, constexprs={**shape, **flags}, attrs=attributes)
-    options = {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": True}
+    options = {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": False}
     return config, triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -114,11 +114,20 @@ FAULTS = {
         "BSSN_DEVICE int raise(int* counters, int i, int* shared) {\n  barrier();",
         "BSSN_DEVICE int raise(int* counters, int i, int* shared) {",
     ),
-    "nobody waits for the products": ("collectives.cuh", "  if (target <= 0) return;", "  if (target < 1000) return;"),
+    "nobody waits for the products": (
+        "collectives.cuh",
+        "  return tile.wait_target <= 0 ||",
+        "  return tile.wait_target < 1000 ||",
+    ),
     "threads go on before the wait is over": (
         "collectives.cuh",
-        "what was published before is there after it\n  }\n  barrier();",
-        "what was published before is there after it\n  }",
+        "tickets.tiles[places.next()]);\n      }\n      barrier();",
+        "tickets.tiles[places.next()]);\n      }",
+    ),
+    "the next tile takes the place of the one that is held": (
+        "collectives.cuh",
+        "while (place == held() || place == busy()) ++place;",
+        "while (place == busy()) ++place;",
     ),
     "numbers are used while their copy is on its way": (
         "policy.cuh",

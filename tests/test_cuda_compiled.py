@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ptx import ACQUIRE, RELEASE, unordered
-from sass import count, innermost_loops, instructions, loops_around
+from sass import count, instructions, loops_around
 
 from bssn_kernels.backends._compiled import build_reason
 
@@ -19,8 +19,10 @@ def resident(which: str, dtype: str, both: bool, arch: int) -> int:
     if which == "forward" and dtype == "h" and arch >= 120:
         return 2
     if which == "forward":
-        return 3 if both or dtype == "h" or arch >= 100 else 4
-    return 2 if both or arch >= 100 else 3
+        return 3 if arch != 90 or (both and dtype == "d") else 4
+    if arch >= 100:
+        return 2
+    return 3 if both or arch != 90 or dtype == "d" else 4
 
 
 def module_file() -> Path | None:
@@ -112,23 +114,27 @@ def test_products_and_updates_copy_16_bytes_at_a_time(sass):
             sums = count(body, "FFMA") + count(body, "FFMA2") + count(body, "DFMA")
             if count(body, "LDGSTS") == pieces and sums >= 8:  # loops around those copy ahead
                 steps.append(body)
-        assert len(steps) == (2 if kernel[0] == "forward" else 3), f"{kernel}: inner and outer products, update"
+        # Inner and outer products, update, and <G, W> where it has as many sums in a step.
+        assert len(steps) in ((2,) if kernel[0] == "forward" else (3, 4)), f"{kernel}: {len(steps)}"
         for body in steps:
             assert count(body, "LDGSTS", "128") == pieces <= count(body, "LDS", "128"), kernel
             assert not count(body, "LDL") and not count(body, "STL"), kernel
 
 
 def test_flat_passes_access_16_bytes_at_a_time(sass):
-    """Scaling into the weights' own type, and <G, W>: four accesses on their way, past L1, first to leave L2."""
+    """Scaling into the weights' own type, and <G, W>, copy asynchronously; what is written leaves L2 first."""
     for kernel, text in sass:
-        loops = [b for b in innermost_loops(text) if count(b, "LDG", "128") and count(b, "LDG", "NA")]
-        stores = kernel[0] == "forward"
-        loops = [b for b in loops if count(b, "LDG") == count(b, "LDG", "128")]
-        wide = [b for b in loops if not stores or count(b, "STG", "128")]
-        assert wide, kernel
-        for body in wide:
-            assert count(body, "LDG", "NA") >= 4 and not count(body, "LDL") and not count(body, "STL"), kernel
-            assert count(body, "STG") == count(body, "STG", "NA"), kernel
+        pieces, found = 2 if kernel[1] == "h" else 4, []
+        for body in loops_around(text, "LDGSTS"):
+            sums = count(body, "FFMA") + count(body, "FFMA2") + count(body, "DFMA")
+            writes = count(body, "STG")
+            if count(body, "LDGSTS") == count(body, "LDGSTS", "128") == pieces <= count(body, "LDS", "128"):
+                scales = writes == count(body, "STG", "128") == count(body, "STG", "NA") >= pieces and not sums
+                if scales if kernel[0] == "forward" else sums and not writes:
+                    found.append(body)
+        assert found, kernel
+        for body in found:
+            assert not count(body, "LDL") and not count(body, "STL"), kernel
 
 
 def test_updates_write_16_bytes_at_a_time(sass):
@@ -153,4 +159,5 @@ def test_order_of_memory():
         assert not unordered(body), name
         assert len(RELEASE.findall(body)) >= 4 and ACQUIRE.search(body), name
         assert "createpolicy.fractional.L2::evict_first" in body, name
+        assert re.search(r"cp\.async\.cg\.shared\.global\.L2::cache_hint", body), name
         assert "ld.global.nc" not in body, name

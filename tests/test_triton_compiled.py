@@ -144,7 +144,7 @@ def test_order_of_memory(kernels):
     for k in kernels:
         assert not unordered(k["ptx"]), k["name"]
         assert len(RELEASE.findall(k["ptx"])) >= 4, f"{k['name']}: block, iteration, done, batch"
-        assert len(ACQUIRE.findall(k["ptx"])) == 1, f"{k['name']}: one poll"
+        assert len(ACQUIRE.findall(k["ptx"])) == 1, f"{k['name']}: one, at the end of a poll"
         assert ".relaxed" not in "".join(re.findall(r"ld\.global\.gpu\.\w+", k["ptx"]))
 
 

@@ -166,7 +166,9 @@ def beside(watch: Watch, n: int, make: Callable[[Watch, torch.cuda.Stream], Call
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        second = Watch(watch.group)  # of this stream, as a backward runs on the stream of its forward
+        # Of this stream, as a backward runs on the stream of its forward, with leaves of its own: the first one.s
+        # belong to the other stream, which a capture must not touch.
+        second = Watch(watch.group.again())
     run = make(second, stream)
     for _ in range(n // 2):
         with torch.cuda.stream(stream):

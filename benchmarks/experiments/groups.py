@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class Setting:
 
     Attributes:
         samples: of each time. forwards: that must give the same bits. numel: numbers of a stream.
-        counts: of layers. stages, programs, lags, budgets: what is tried, the last two in MiB.
+        counts: of layers. stages, programs, sums, budgets: what is tried, the last two in microseconds and MiB.
     """
 
     device: torch.device = torch.device("cuda")
@@ -40,8 +41,8 @@ class Setting:
     counts: tuple[int, ...] = (1, 8, 24, 49, 100, 240, 500)
     stages: tuple[int, ...] = (1, 2, 3, 4)
     programs: tuple[int, ...] = (1, 2, 3, 4)
-    lags: tuple[int, ...] = (2, 4, 6, 8, 16)
-    budgets: tuple[int, ...] = (16, 24, 32, 40)
+    sums: tuple[int, ...] = (6, 10, 15, 20)
+    budgets: tuple[int, ...] = (24, 40, 64)
 
     @property
     def cuda(self) -> bool:
@@ -79,6 +80,12 @@ class Group:
         """A new one, for settings that a schedule is made with."""
         rule = {"variant": resolve_variant(self.variant), "axes": self.axes, "backend": self.setting.backend}
         self.plan = functional.plan_for(self.weights, **rule)
+
+    def again(self) -> Group:
+        """The same memory and plan, with leaves of its own."""
+        group = copy(self)
+        group.weights = [w.detach().requires_grad_() for w in self.weights]
+        return group
 
     def call(self) -> functional.Normalized:
         return functional.spectral_normalize(self.weights, self.vectors, self.plan)

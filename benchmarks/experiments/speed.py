@@ -94,15 +94,15 @@ def compared(group: Group, tasks: Mapping[str, Task], first: Tensor) -> dict[str
 
 
 def schedule(setting: Setting) -> Rows:
-    """LAG and BUDGET of the Triton backend's schedules, on the headline."""
-    usual = _order.LAG, _order.BUDGET
+    """SUM_US and BUDGET of the order of tiles, on the headline with the Triton backend."""
+    usual = _order.SUM_US, _order.BUDGET
     for variant in ("sn", "bssn"):
         group = Group(setting, setting.headline, variant)
         bounds, first = streams(group.weights), group.forward().saved
-        for lag, budget in [(lag, budget) for lag in setting.lags for budget in setting.budgets]:
-            row = {"variant": variant, "LAG MiB": lag, "BUDGET MiB": budget}
-            row["usual"] = (lag << 20, budget << 20) == usual
-            with patch.multiple(_order, LAG=lag << 20, BUDGET=budget << 20):
+        for sums, budget in [(sums, budget) for sums in setting.sums for budget in setting.budgets]:
+            row = {"variant": variant, "SUM us": sums, "BUDGET MiB": budget}
+            row["usual"] = (sums, budget << 20) == usual
+            with patch.multiple(_order, SUM_US=float(sums), BUDGET=budget << 20):
                 group.make_plan()
                 yield row | attempt(lambda: compared(group, group.tasks() | bounds, first))  # noqa: B023
 

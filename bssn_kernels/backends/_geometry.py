@@ -23,8 +23,9 @@ from bssn_kernels.plan import LayerRow
 
 ROWS = 8  # of a weight that a program reads at once
 COLS = {8: 128, 4: 256, 2: 256}  # the same, by bytes of a number; a chunk is at most so wide
-MOST_CHUNKS = 16  # in an inner tile, whose class sums cost as much as some chunks
-SMALLEST_TILE, LARGEST_TILE = 4096, 32768  # elements; a layer gets about 64 tiles, within these bounds
+MOST_CHUNKS = 8  # in an inner tile, whose class sums cost as much as some chunks
+TILES = 64  # that a layer gets, about, within the next bounds
+SMALLEST_TILE, LARGEST_TILE = 4096, 49152  # elements
 GROUP_ROWS = 128  # rows of an outer tile: its partial sums are 1 / 128 of the layer
 TALL_ROWS = 512  # the same for layers with short rows; more would add too many numbers in fp32
 GROUP_ELEMENTS = 1 << 21  # of a group of columns: 8 MB of fp32 stay in L2 between two products
@@ -179,7 +180,7 @@ class Geometry:
             )
 
     def _cut(self) -> None:
-        elements = min(max(self.numel // 64, SMALLEST_TILE), LARGEST_TILE)
+        elements = min(max(self.numel // TILES, SMALLEST_TILE), LARGEST_TILE)
         self.flat_tile = ceil_div(elements, FLAT) * FLAT
         wide = min(self.L, self.chunk)
         most = GROUP_ROWS if self.widest <= self.L else TALL_ROWS

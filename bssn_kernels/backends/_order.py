@@ -1,39 +1,55 @@
-"""The order of tiles in a launch, made for the L2 cache, and the memory that partial sums share in turn.
+"""The order of tiles in a launch, and the memory that partial sums share in turn.
 
-The second product of an iteration comes LAG bytes after the first product of its group of rows or columns, the scale
-pass of a layer LAG bytes after its last product and from its end to its beginning, small layers fill the gaps, and
-what was begun and not yet scaled stays within BUDGET where layers allow it. None of it changes a bit of the results.
+Programs draw tiles in order, so a tile that waits holds its program up. The order is what a list scheduler makes: it
+plays the launch with PROGRAMS programs and rough times, and each time that one is free issues a tile whose wait is over
+by then. First come second products, while what the first ones read is still in L2, then first products; scale passes,
+which wait for their whole layer, are spread among the products of the layers after it, so that there is always
+something to do while sums are on their way. Layers are begun, the largest first, as long as what is begun and not yet
+scaled stays within BUDGET, which L2 holds, and beyond that rather than wait. None of it changes a bit of the results.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Protocol
 
 from bssn_kernels.backends._geometry import Geometry
 from bssn_kernels.backends._tables import BLOCK_FIELDS, TILE_FIELDS, Arena
 
-LAG = 6 << 20  # bytes between a product and what waits for it
-BUDGET = 24 << 20  # bytes of weights on their way; 26 MiB of an A100's L2 and 44 of an H200's behave
-RING = 1 << 18  # numbers of partial sums in a batch of small layers; two batches are alive at once
+# What a launch is played with, in microseconds and bytes: about what an H200 does with 132 x 4 programs.
+PROGRAMS = 528
+TILE_US = 5.0  # of a tile, whatever its size
+BYTES_PER_US = 8300.0  # of a program, when all are busy
+SUM_US = 15.0  # from the end of a step's last tile to the first that waits for it; 7 is usual, 20 one in twenty
+PATIENCE_US = 1.0  # a program rather waits so long than begins a layer beyond BUDGET
+BUDGET = 40 << 20  # bytes of weights on their way
+SCALE_SHARE = 2.0  # bytes of products for each byte of scale passes, while there are both
+CREDIT = float(4 << 20)  # by how many bytes one of the two may be ahead
+SMALL = 1 << 20  # bytes of a layer that is begun before all others
+RING = 1 << 20  # numbers of partial sums in a batch of small layers; two batches are alive at once
 
 
 @dataclass(eq=False)
 class Step:
-    """Tiles that are issued together.
+    """Tiles that wait for the same.
 
     Attributes:
-        after: the step whose tiles it waits for, None if it waits for nothing of its layer.
+        after: the steps whose tiles they wait for; none if they wait for nothing of their layer.
         product: not a scale pass, which gives way to products.
+        streams: how many numbers are read or written for each of ``nbytes``.
+        end: when the last of the tiles is done, in the played launch.
     """
 
     tiles: list[list[int]]
     nbytes: int
-    after: Step | None = None
+    after: tuple[Step, ...] = ()
     product: bool = True
-    issued_at: int | None = None
+    streams: int = 1
+    end: float = 0.0
 
     def add(self, other: Step) -> None:
         self.tiles += other.tiles
@@ -72,27 +88,44 @@ class Tables(Protocol):
     def place_region(self, work: Work, base: int) -> None: ...
 
 
-def from_the_end(step: Step) -> list[Step]:
-    """A scale pass from what was read last to what was read first, in pieces of LAG bytes."""
-    pieces, tiles = max(1, step.nbytes // LAG), step.tiles[::-1]
-    size = -(-len(tiles) // pieces)
-    cut = [tiles[i : i + size] for i in range(0, len(tiles), size)]
-    return [Step(part, step.nbytes * len(part) // len(tiles), step.after, product=False) for part in cut]
+def from_the_end(step: Step) -> Step:
+    """A scale pass, from what was read last to what was read first."""
+    return replace(step, tiles=step.tiles[::-1], product=False)
+
+
+@dataclass(eq=False)
+class Begun:
+    """A step of a layer that is begun: its tiles that are not issued, and for how many steps it waits."""
+
+    work: Work
+    step: Step
+    tiles: deque[list[int]]
+    missing: int
+    ready: float = 0.0
+    then: list[Begun] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.step.after else 1
 
 
 class Order:
-    """Puts the steps of all layers into one list of tickets, and their partial sums into a ring of two batches."""
+    """Puts the tiles of all layers into one list of tickets, and their partial sums into a ring of two batches."""
 
     def __init__(self, works: Sequence[Work], owner: Tables) -> None:
         self.owner, self.tiles = owner, []
-        self.issued, self.outstanding = 0, 0
-        self.pending: dict[int, deque[Step]] = {}  # steps of begun layers, by layer
-        self.begun: dict[int, Work] = {}
-        by_size = sorted(works, key=lambda w: -w.nbytes)
-        self.large = deque(w for w in by_size if w.nbytes > LAG)
-        self.small = deque(w for w in by_size if w.nbytes <= LAG)
+        # Small ones first: they are little work, but their sums take as long, which would be the end of the launch.
+        self.layers = deque(sorted(works, key=lambda w: (w.nbytes > SMALL, -w.nbytes)))
+        self.free = [0.0] * PROGRAMS  # when each program is, as a heap
+        self.coming: list[tuple[float, int, Begun]] = []  # steps that wait for sums, by when those are there
+        self.products: list[tuple[int, int, Begun]] = []
+        self.scales: deque[Begun] = deque()
+        self.credit, self.number = 0.0, count()
+        self.outstanding: dict[int, int] = {}  # bytes that L2 should keep, by layer
         self.batches: list[list[Work]] = []
         self.batch_sizes: list[int] = []
+        self.open: list[int] = []  # tiles of products not yet issued, by batch
+        self.batch_ends: list[float] = []
         self.first_block: dict[int, int] = {}
         n = 0
         for work in works:
@@ -103,88 +136,93 @@ class Order:
 
     def _run(self) -> None:
         while True:
-            ready = self._ready()
-            if ready is None:
-                work = self._next_layer()
-                if work is not None:
-                    self._begin(work)
-                    continue
-                ready = self._oldest()
-            if ready is None:
+            now = self.free[0]
+            while self.coming and self.coming[0][0] <= now:
+                self._let_go(heapq.heappop(self.coming)[2])
+            if self._may_begin(now):
+                self._begin(self.layers.popleft(), now)
+            elif self.scales and (not self.products or self.credit < 0):
+                self._issue(self.scales[0])
+            elif self.products:
+                self._issue(self.products[0][2])
+            elif self.coming:
+                self._let_go(heapq.heappop(self.coming)[2])
+            else:
                 return
-            self._issue(*ready)
 
-    def _candidates(self) -> Iterable[tuple[int, Step]]:
-        for k, steps in self.pending.items():
-            for step in steps:
-                if step.after is None or step.after.issued_at is not None:
-                    yield k, step
+    def _let_go(self, begun: Begun) -> None:
+        if begun.step.product:
+            heapq.heappush(self.products, (begun.rank, next(self.number), begun))
+        else:
+            self.scales.append(begun)
 
-    def _ready(self) -> tuple[int, Step] | None:
-        """The oldest step whose turn has come: dependent products, then first products, then scale passes."""
-        best = None
-        for k, step in self._candidates():
-            waits = step.after is not None
-            if waits and self.issued < step.after.issued_at + LAG:
-                continue
-            rank = (not step.product, not waits, step.after.issued_at if waits else 0)
-            if best is None or rank < best[0]:
-                best = rank, (k, step)
-        return best and best[1]
+    def _may_begin(self, now: float) -> bool:
+        """Whether the next layer's turn has come."""
+        if not self.layers or self.products:
+            return False
+        if not self._has_room(self.layers[0]):
+            return False
+        if sum(self.outstanding.values()) + min(self.layers[0].nbytes, BUDGET) <= BUDGET:
+            return True
+        return not self.scales and not (self.coming and self.coming[0][0] <= now + PATIENCE_US)
 
-    def _oldest(self) -> tuple[int, Step] | None:
-        found = list(self._candidates())
-        return min(found, key=lambda c: (c[1].after.issued_at if c[1].after else -1), default=None)
-
-    def _next_layer(self) -> Work | None:
-        """The next layer to begin, if its turn has come: a large one where it fits, a small one to fill a gap, and the
-        remaining small ones where they fit.
-        """
-        room, idle = BUDGET - self.outstanding, self.outstanding == 0
-        if self.large and (idle or self.large[0].nbytes <= room):
-            return self.large.popleft()
-        if self.small and (idle or self._gap() or (not self.large and self.small[0].nbytes <= room)):
-            return self.small.popleft()
-        return None
-
-    def _gap(self) -> bool:
-        """Whether a small layer would fill the time until the next step may begin."""
-        return bool(self.pending) and not any(w.nbytes <= LAG for w in self.begun.values())
-
-    def _begin(self, work: Work) -> None:
-        region = work.region
+    def _joins(self, work: Work) -> bool:
+        """Whether a layer's partial sums go into the last batch."""
         limit = max(RING // 4, max(self.batch_sizes, default=0))
-        if not self.batches or (self.batch_sizes[-1] and self.batch_sizes[-1] + region > limit):
-            self.batches.append([])
-            self.batch_sizes.append(0)
+        return bool(self.batches) and (not self.batch_sizes[-1] or self.batch_sizes[-1] + work.region <= limit)
+
+    def _has_room(self, work: Work) -> bool:
+        """Whether memory for a layer's partial sums is free: the products of the batch before the last are issued."""
+        return self._joins(work) or len(self.batches) < 2 or not self.open[-2]
+
+    def _begin(self, work: Work, now: float) -> None:
+        if not self._joins(work):
+            for of_batch, new in ((self.batches, []), (self.batch_sizes, 0), (self.open, 0), (self.batch_ends, 0.0)):
+                of_batch.append(new)
         self.batches[-1].append(work)
-        self.batch_sizes[-1] += region
+        self.batch_sizes[-1] += work.region
         work.batch = len(self.batches) - 1
-        if work.batch >= 2:  # its memory has to be free: all products of the batch before the last are issued
-            for old in self.batches[work.batch - 2]:
-                while any(step.product for step in self.pending.get(old.k, ())):
-                    self._issue(*self._first_of(old.k))
-        self.pending[work.k] = deque(work.steps)
-        self.begun[work.k] = work
-        self.outstanding += work.nbytes
+        self.open[-1] += sum(len(step.tiles) for step in work.steps if step.product)
+        self.outstanding[work.k] = min(work.nbytes, BUDGET)
+        begun = {id(step): Begun(work, step, deque(step.tiles), len(step.after)) for step in work.steps}
+        for one in begun.values():
+            for before in one.step.after:
+                begun[id(before)].then.append(one)
+        free = self.batch_ends[work.batch - 2] + SUM_US if work.batch >= 2 and work.region else now
+        for one in begun.values():
+            if not one.missing:
+                heapq.heappush(self.coming, (max(free, now), next(self.number), one))
 
-    def _first_of(self, k: int) -> tuple[int, Step]:
-        steps = (s for s in self.pending[k] if s.product and (s.after is None or s.after.issued_at is not None))
-        return k, next(steps)
-
-    def _issue(self, k: int, step: Step) -> None:
-        self.pending[k].remove(step)
-        shift = self.first_block[k]
+    def _issue(self, begun: Begun) -> None:
+        """The next tile of a step that waits for nothing more."""
+        step, work, tile = begun.step, begun.work, begun.tiles.popleft()
         block = TILE_FIELDS.index("block")
-        for tile in step.tiles:
-            if tile[block] >= 0:
-                tile[block] += shift
-        self.tiles += step.tiles
-        self.issued += step.nbytes
-        step.issued_at = self.issued
-        if not self.pending[k]:
-            self.outstanding -= self.begun[k].nbytes
-            del self.pending[k], self.begun[k]
+        if tile[block] >= 0:
+            tile[block] += self.first_block[work.k]
+        self.tiles.append(tile)
+        nbytes = step.nbytes / len(step.tiles)
+        start = max(heapq.heappop(self.free), begun.ready)
+        end = start + TILE_US + step.streams * nbytes / BYTES_PER_US
+        heapq.heappush(self.free, end)
+        step.end = max(step.end, end)
+        if step.product:
+            self.credit = max(self.credit - nbytes, -CREDIT)
+            self.open[work.batch] -= 1
+            self.batch_ends[work.batch] = max(self.batch_ends[work.batch], end)
+        else:
+            self.credit = min(self.credit + nbytes * SCALE_SHARE, CREDIT)
+            self.outstanding[work.k] = max(0, self.outstanding[work.k] - int(nbytes))
+        if begun.tiles:
+            return
+        if step.product:
+            heapq.heappop(self.products)
+        else:
+            self.scales.popleft()
+        for one in begun.then:
+            one.missing -= 1
+            one.ready = max(one.ready, step.end + SUM_US)
+            if not one.missing:
+                heapq.heappush(self.coming, (one.ready, next(self.number), one))
 
     def _place(self) -> None:
         """Two places for partial sums, used by the batches in turn; a batch waits for the one before the last."""

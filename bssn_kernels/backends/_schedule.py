@@ -173,7 +173,7 @@ class Schedule:
                 step.add(self._outer_step(work, b, c.outer, outer, source, wait, number))
         return step
 
-    def _flat_step(self, work: Work, kind: int, wait: Wait, after: Step | None, number: int = -1) -> Step:
+    def _flat_step(self, work: Work, kind: int, wait: Wait, after: tuple[Step, ...], number: int = -1) -> Step:
         """Flat tiles over the whole layer."""
         size, numel = work.geometry.flat_tile, work.geometry.numel
         tiles = [
@@ -183,7 +183,7 @@ class Schedule:
             )
             for start in range(0, numel, size)
         ]  # fmt: skip
-        return Step(tiles, numel * self.itemsize, after)
+        return Step(tiles, numel * self.itemsize, after, streams=2 if kind == DOT else 1)
 
     def _block(self, work: Work, kind: int, arrivals: int, mask: int, **fields: int) -> int:
         """A new block of the layer; returns its number, counted within the layer until the order is known."""
@@ -205,11 +205,11 @@ class ForwardSchedule(Schedule):
         fields = self._layer(k, row)
         fields["iterated"] = iterations > 0
         self._reserve(work, fields, iterations)
-        done, last = NO_WAIT, None
+        done, last = NO_WAIT, ()
         for i in range(max(iterations, 1)):
             done, last = self._iteration(work, i, iterations, done, last)
         self._vector_steps(work, row, iterations, done, last)
-        work.steps += from_the_end(self._flat_step(work, SCALE, done, last))
+        work.steps.append(from_the_end(self._flat_step(work, SCALE, done, last)))
         self._count("scale", work.geometry.numel * self.itemsize)
         self._count("written", work.geometry.numel * self.itemsize)
         return work
@@ -232,11 +232,11 @@ class ForwardSchedule(Schedule):
                 fields[f"{name}_share_count{e}"] = n
             fields[f"results{e}"] = self._doubles.take(2 * len(RESULTS))
 
-    def _iteration(self, work: Work, i: int, iterations: int, before: Wait, last: Step | None):
+    def _iteration(self, work: Work, i: int, iterations: int, before: Wait, last: tuple[Step, ...]):
         """Both products of one iteration, or the one product that a forward without iteration needs.
 
         Returns:
-            What tells that it is done, and its last step.
+            What tells that it is done, and its steps.
         """
         geometry, parity = work.geometry, i & 1
         inner_first, outer_first = geometry.masks
@@ -256,7 +256,7 @@ class ForwardSchedule(Schedule):
         if i == 0:
             work.first = [tile for step in firsts for tile in step.tiles]
         work.steps += [*firsts, *seconds]
-        return Wait(finish["done"], 1), work.steps[-1]
+        return Wait(finish["done"], 1), (*firsts, *seconds)
 
     def _one_product(self, work: Work, mask: int, fields: dict[str, int]) -> list[Step]:
         """u^T M v of stored vectors: inner products, and each row block's share of their dot product with the slab."""
@@ -281,7 +281,7 @@ class ForwardSchedule(Schedule):
             ready = next(self.counter)
             number = self._row_block(work, b, mask, then=ready, **common)
             firsts.append(self._inner_step(work, b, 0, mask, source, before, number))
-            second = Step([], 0, firsts[-1])
+            second = Step([], 0, (firsts[-1],))
             for c, number in zip(columns, numbers):
                 wait = Wait(ready, 1)
                 second.add(self._outer_step(work, b, c.outer, mask, RAW + common["parity"], wait, number))
@@ -301,7 +301,7 @@ class ForwardSchedule(Schedule):
                 number = self._column_block(work, c, next(order), mask, then=ready, **common)
                 for b in blocks:
                     first.add(self._outer_step(work, b, c.outer, mask, source, before, number))
-            second = Step([], 0, first)
+            second = Step([], 0, (first,))
             for b in blocks:
                 wait = Wait(ready, len(group))
                 second.add(self._inner_step(work, b, g, mask, RAW + common["parity"], wait, numbers[b]))
@@ -316,10 +316,10 @@ class ForwardSchedule(Schedule):
         first = self._both(work, inner_first, outer_first, source, before, common | {"then": ready})
         last = common | finish | {"then_target": parts}
         second = self._both(work, outer_first, inner_first, RAW + common["parity"], Wait(ready, parts), last)
-        second.after = first
+        second.after = (first,)
         return [first], [second]
 
-    def _vector_steps(self, work: Work, row: LayerRow, iterations: int, done: Wait, last: Step | None) -> None:
+    def _vector_steps(self, work: Work, row: LayerRow, iterations: int, done: Wait, last: tuple[Step, ...]) -> None:
         """Tiles that write the new vectors, and the start of the last iteration, into `saved`."""
         fields, geometry = self._tables[work.k], work.geometry
         first, parity = len(self._vectors), max(iterations - 1, 0) & 1
@@ -387,18 +387,18 @@ class BackwardSchedule(Schedule):
         parts = 1 + len(geometry.row_blocks) * bool(inner) + len(geometry.columns) * bool(outer)
         finish = {"then": next(self.counter), "done": next(self.counter), "then_target": parts, "final": 1}
         number = self._block(work, DOT, flat, 0, **finish)
-        first = self._flat_step(work, DOT, NO_WAIT, None, number)
+        first = self._flat_step(work, DOT, NO_WAIT, (), number)
         self._count("dot", 2 * first.nbytes)
         if row.through:
             self._reserve_through(work, fields, inner, outer)
             first.tiles += self._both(work, inner, outer, SAVED, NO_WAIT, finish).tiles
         work.first, work.steps = first.tiles, [first]
-        update = Step([], geometry.numel * self.itemsize, first)
+        update = Step([], geometry.numel * self.itemsize, (first,))
         wait = Wait(finish["done"], 1)
         for row0, rows in geometry.row_blocks:
             for c in geometry.columns:
                 update.tiles += [_tile(UPDATE, k, row0, rows, part, wait, -1, 0, SAVED) for part in c.outer]
-        work.steps += from_the_end(update)
+        work.steps.append(from_the_end(update))
         self._count("update", update.nbytes)
         self._count("written", update.nbytes)
         return work

@@ -12,10 +12,12 @@ Reads and writes of full-size arrays, per layer, by phase (partial sums add 1 % 
 
 Rules of this file. Data, then a barrier of the whole program, then one releasing atomic; who reads acquires first. A
 tile waits only on counters that smaller tickets raise. No float atomics: sums have a place per tile and are added in
-the order of places. Counters are zero between launches: the program that draws the last ticket of all knows that
-every other program is done, and clears them. Pointers to weights, gradients and results are an anchor of the right
-type plus a distance, which keeps accesses at 16 bytes; UNIT is 16 bytes in elements, or 1 for a layer whose rows do
-not begin at multiples of that.
+the order of places. Kernels are compiled without fusion of a product and a sum, and call fma where it is meant: left
+to the compiler, it would be another one in each variant of a kernel, and a layer's bits would depend on the group that
+it is in. Counters are zero between launches: the program that draws the last ticket of all knows that every other
+program is done, and clears them. Pointers to weights, gradients and results are an anchor of the right type plus a
+distance, which keeps accesses at 16 bytes; UNIT is 16 bytes in elements, or 1 for a layer whose rows do not begin at
+multiples of that.
 """
 
 from __future__ import annotations
@@ -110,8 +112,11 @@ def _raise(counter_ptr, i):
 
 @triton.jit
 def _await(counter_ptr, i, target):
-    while tl.atomic_add(counter_ptr + i * COUNTER, 0, sem="acquire", scope="gpu") < target:
+    """Polls with reads: an acquire each time would hold up those who count, and empty L1 for the programs beside."""
+    while tl.load(counter_ptr + i * COUNTER, volatile=True) < target:
         pass
+    # Counters only grow: it finds no less, and what was published before is there after it.
+    tl.atomic_add(counter_ptr + i * COUNTER, 0, sem="acquire", scope="gpu")
 
 
 @triton.jit
@@ -122,6 +127,12 @@ def _leave(counter_ptr, ticket, n_tiles, n_programs, n_counters):
         for i in range(0, n_counters * COUNTER, 1024):
             zeros = tl.zeros([1024], dtype=tl.int32)
             tl.store(counter_ptr + i + o, zeros, mask=i + o < n_counters * COUNTER)
+
+
+@triton.jit
+def _finite(x):
+    """Not x - x == 0, which a compiler that fuses makes of a product what was rounded off, and so false."""
+    return tl.abs(x) < float("inf")
 
 
 @triton.jit
@@ -254,10 +265,10 @@ def _inner(
                 mask=m_r[:, None] & m_c[None, :], other=0.0,
             ).to(accum)  # fmt: skip
             x = _load_vector(x_ptr + i * x_step, x_stored + i * x_step, o_x, _only(m_c, on), stored, MIXED)
-            sums += w * (x * scale)[None, :]
+            sums = tl.fma(w, (x * scale)[None, :], sums)
             if GENERAL:
                 x1 = _load_vector(x1_ptr + i * x1_step, x1_stored + i * x1_step, o_x1, _only(m_c, on1), stored, MIXED)
-                sums1 += w * (x1 * scale1)[None, :]
+                sums1 = tl.fma(w, (x1 * scale1)[None, :], sums1)
         if on:
             _store_slab(0, tp, rp, row0, i_r, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, False)
         if GENERAL:
@@ -325,12 +336,12 @@ def _outer(
             w = tl.load(w_ptr + i_r * L64 + i * step + (o_r[:, None] * L + o_c[None, :]), mask=m, other=0.0).to(accum)
             at = i * y_step
             y = _load_vector(y_ptr + at, y_stored + at, (i_r + o_r) * y_row, _only(m_r, on), stored, MIXED)
-            sums += w * (y * scale)[:, None]
+            sums = tl.fma(w, (y * scale)[:, None], sums)
             if GENERAL:
                 if on1:  # a branch keeps these loads, which hit L1, out of the pipeline: it would take registers
                     at1, o_y = i * y1_step, (i_r + o_r)[:, None] * y1_row + o_y1[None, :]
                     y1 = _load_vector(y1_ptr + at1, y1_stored + at1, o_y, m, stored, MIXED)
-                    sums1 += w * (y1 * scale1)
+                    sums1 = tl.fma(w, y1 * scale1, sums1)
         if on:
             _store_spread(0, tp, rp, L64, col0 + i * step + o_c, sums, m_c, work_ptr)
         if GENERAL:
@@ -373,7 +384,7 @@ def _unaligned(
             w = tl.load(w_ptr + i_r * L64 + i * step + (o_r[:, None] * L + o_c[None, :]), mask=m, other=0.0).to(accum)
             o = (i_r + o_r)[:, None] * yp.to(tl.int32) + o_y[None, :]
             y = _load_vector(y_ptr + i * y_step, y_stored + i * y_step, o, m, source == STORED, MIXED)
-            sums += w * (y * scale)
+            sums = tl.fma(w, y * scale, sums)
         if inner:
             m_r = a * ROWS + o_r < rows
             _store_slab(e, tp, rp, row0, a * ROWS, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, GENERAL)
@@ -535,7 +546,7 @@ def _finish(bp, lp, ap, fp, gain_ptr, saved_ptr, double_ptr):
                 at = double_ptr + tl.load(rp + R_RESULTS) + RESULT_WIDTH * tl.load(bp + B_PARITY)
                 tl.store(at, 1.0 / den_first)
                 tl.store(at + 1, 1.0 / den_first / den_second)
-                tl.store(at + 2, tl.where((sigma - sigma == 0.0) & (sigma != 0.0), 1.0, 0.0))
+                tl.store(at + 2, tl.where(_finite(sigma) & (sigma != 0.0), 1.0, 0.0))
                 if final & (tl.load(lp + L_THROUGH) != 0):
                     slope *= 2.0 - norm * _denominator_slope(norm, eps, adds) / den_second
                     residual = sigma * _denominator_slope(first, eps, adds) * den_first / first
@@ -622,7 +633,7 @@ def _write_vectors(tp, vectors_ptr, address_ptr, vector_ptr, saved_ptr, work_ptr
                     x = tl.load(old_ptr + j + o, mask=j + o < size, other=0.0).to(tl.float64)
                     squares += x * x
                 norm = tl.sum(squares, axis=0)
-                usable = (norm - norm == 0.0) & (norm > 0.0)
+                usable = _finite(norm) & (norm > 0.0)
                 fallback = 1.0 / tl.sqrt(size.to(tl.float64))
         for j in range(0, n, 512):
             m = j + o < n
@@ -643,7 +654,7 @@ def _cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr):
+def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """W_bar = m W, flat. Both are done with: what L2 should keep is what comes next."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     accum: tl.constexpr = multiplier.dtype
@@ -652,7 +663,7 @@ def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr):
     out_ptr += start
     o = tl.arange(0, BLOCK)
     whole = n // 8 * 8
-    for i in range(0, whole, BLOCK):
+    for i in tl.range(0, whole, BLOCK, num_stages=STAGES):
         m = i + o < whole
         w = tl.load(w_ptr + i + o, mask=m, other=0.0, eviction_policy="evict_first").to(accum)
         tl.store(out_ptr + i + o, _cast(w * multiplier, dtype), mask=m, eviction_policy="evict_first")
@@ -666,8 +677,8 @@ def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr):
 def forward_kernel(
     tile_ptr, block_ptr, layer_ptr, vectors_ptr, float_ptr, address_ptr, weight_ptr, vector_ptr, gain_ptr, out_ptrs,
     saved_ptr, work_ptr, double_ptr, counter_ptr, n_tiles, n_programs, n_counters,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, GENERAL: tl.constexpr,
-    MIXED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, FLAT_STAGES: tl.constexpr,
+    GENERAL: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Power iterations, sigmas, multipliers, new vectors and W_bar of all layers; see ForwardSchedule."""
     UNIT: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -688,9 +699,9 @@ def forward_kernel(
                 multiplier = tl.load(saved_ptr + tl.load(lp + L_SCALARS) + S_MULTIPLIER, cache_modifier=".cg")
                 out_ptr = _select(out_ptrs, k)
                 if distance % UNIT == 0:
-                    _scale(tp, weight_ptr + distance // UNIT * UNIT, out_ptr, multiplier, BLOCK)
+                    _scale(tp, weight_ptr + distance // UNIT * UNIT, out_ptr, multiplier, BLOCK, FLAT_STAGES)
                 else:
-                    _scale(tp, weight_ptr + distance, out_ptr, multiplier, BLOCK)
+                    _scale(tp, weight_ptr + distance, out_ptr, multiplier, BLOCK, FLAT_STAGES)
             else:
                 _product(
                     kind, tp, lp, ap, weight_ptr, distance, vector_ptr, saved_ptr, work_ptr, double_ptr,
@@ -705,7 +716,7 @@ def forward_kernel(
 
 
 @triton.jit
-def _dot(tp, g_ptr, w_ptr, accum: tl.constexpr, BLOCK: tl.constexpr):
+def _dot(tp, g_ptr, w_ptr, accum: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """<G, W> of a flat tile. G is read again soon, W is not."""
     start, n = tl.load(tp + T_ROW0).to(tl.int64) * FLAT, tl.load(tp + T_ROWS)
     g_ptr += start
@@ -713,10 +724,10 @@ def _dot(tp, g_ptr, w_ptr, accum: tl.constexpr, BLOCK: tl.constexpr):
     o = tl.arange(0, BLOCK)
     whole = n // 8 * 8
     sums = tl.zeros([BLOCK], dtype=accum)
-    for i in range(0, whole, BLOCK):
+    for i in tl.range(0, whole, BLOCK, num_stages=STAGES):
         m = i + o < whole
         w = tl.load(w_ptr + i + o, mask=m, other=0.0, eviction_policy="evict_first").to(accum)
-        sums += tl.load(g_ptr + i + o, mask=m, other=0.0).to(accum) * w
+        sums = tl.fma(tl.load(g_ptr + i + o, mask=m, other=0.0).to(accum), w, sums)
     product = tl.sum(sums, axis=0)
     if whole < n:
         o_t = whole + tl.arange(0, 8)
@@ -793,26 +804,27 @@ def _rank_slab(
 
 
 @triton.jit
-def _rank(
-    lp, rp, i_r, p, q, r, R, o_r, o_c, x, x0, m, scalars_ptr, saved_ptr, work_ptr,
+def _plus_rank(
+    total, lp, rp, i_r, p, q, r, R, o_r, o_c, x, x0, m, scalars_ptr, saved_ptr, work_ptr,
     THROUGH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """k (u v^T + start r^T) of one direction for a block of numbers, from its spread side."""
+    """A block of numbers plus k (u v^T + start r^T) of one direction, from its spread side."""
     begin, stride, o_y = _slab_places(rp, p, q, r, R, o_r, o_c, False, WIDE)
     begin0, stride0, o_y0 = _slab_places(rp, p, q, r, R, o_r, o_c, True, WIDE)
     y, y0 = _rank_slab(
         lp, rp, i_r, begin, stride, o_y, begin0, stride0, o_y0, m, scalars_ptr, saved_ptr, work_ptr, THROUGH
     )
-    total = x[None, :] * y
+    total = tl.fma(x[None, :], y, total)
     if THROUGH:
-        total += x0[None, :] * y0
+        total = tl.fma(x0[None, :], y0, total)
     return total
 
 
 @triton.jit
 def _update(
     place, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GENERAL: tl.constexpr, THROUGH: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, GENERAL: tl.constexpr,
+    THROUGH: tl.constexpr,
 ):  # fmt: skip
     """dW = m G + sum over directions of k (u v^T + start r^T)."""
     accum: tl.constexpr = saved_ptr.dtype.element_ty
@@ -832,18 +844,18 @@ def _update(
         x, x0 = _rank_spread(lp, rp, q, r, R, o_c, m_c, product, scalars_ptr, saved_ptr, work_ptr, THROUGH)
         if GENERAL:
             x1, x10 = _rank_spread(lp, rp1, q, r, R, o_c, m_c, product, scalars_ptr, saved_ptr, work_ptr, THROUGH)
-        for i_r in range(0, rows, ROWS):
+        for i_r in tl.range(0, rows, ROWS, num_stages=STAGES):
             m_r = i_r + o_r < rows
             m = m_r[:, None] & m_c[None, :]
             o = i_r * L64 + i * step + (o_r[:, None] * L + o_c[None, :])
             total = multiplier * tl.load(g_ptr + o, mask=m, other=0.0, eviction_policy="evict_first").to(accum)
-            total += _rank(
-                lp, rp, i_r, row0, q, r, R, o_r, o_c, x, x0, m_r[:, None], scalars_ptr, saved_ptr, work_ptr,
+            total = _plus_rank(
+                total, lp, rp, i_r, row0, q, r, R, o_r, o_c, x, x0, m_r[:, None], scalars_ptr, saved_ptr, work_ptr,
                 THROUGH, False,
             )  # fmt: skip
             if GENERAL:
-                total += _rank(
-                    lp, rp1, i_r, row0, q, r, R, o_r, o_c, x1, x10, m, scalars_ptr, saved_ptr, work_ptr,
+                total = _plus_rank(
+                    total, lp, rp1, i_r, row0, q, r, R, o_r, o_c, x1, x10, m, scalars_ptr, saved_ptr, work_ptr,
                     THROUGH, True,
                 )  # fmt: skip
             tl.store(d_ptr + o, _cast(total, d_ptr.dtype.element_ty), mask=m, eviction_policy="evict_first")
@@ -873,9 +885,10 @@ def _update_unaligned(
         for e in range(0, 1 + GENERAL):
             rp = lp + ROLES_AT + e * ROLE_WIDTH
             x, x0 = _rank_spread(lp, rp, q, r, R, o_c, m_c, product, scalars_ptr, saved_ptr, work_ptr, THROUGH)
-            total += _rank(
-                lp, rp, i_r, row0, q, r, R, o_r, o_c, x, x0, m, scalars_ptr, saved_ptr, work_ptr, THROUGH, GENERAL
-            )
+            total = _plus_rank(
+                total, lp, rp, i_r, row0, q, r, R, o_r, o_c, x, x0, m, scalars_ptr, saved_ptr, work_ptr,
+                THROUGH, GENERAL,
+            )  # fmt: skip
         tl.store(d_ptr + o, _cast(total, d_ptr.dtype.element_ty), mask=m)
 
 
@@ -883,8 +896,8 @@ def _update_unaligned(
 def backward_kernel(
     tile_ptr, block_ptr, layer_ptr, address_ptr, weight_ptr, grad_ptrs, out_ptrs, saved_ptr, grad_gain_ptr, work_ptr,
     double_ptr, counter_ptr, n_tiles, n_programs, n_counters,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, GENERAL: tl.constexpr,
-    THROUGH: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, FLAT_STAGES: tl.constexpr,
+    GENERAL: tl.constexpr, THROUGH: tl.constexpr,
 ):  # fmt: skip
     """dW and dgain of some layers; see BackwardSchedule."""
     # Through the iteration a block has twice the terms, and with all rows at once would not fit the registers.
@@ -905,7 +918,10 @@ def backward_kernel(
             g_ptr, d_ptr = _select(grad_ptrs, k), _select(out_ptrs, k)
             place = _place(tp, lp)
             if tl.load(lp + L_ALIGNED) != 0:
-                _update(place, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr, UNIT, AT_ONCE, COLS, GENERAL, THROUGH)
+                _update(
+                    place, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr,
+                    UNIT, AT_ONCE, COLS, 1 if THROUGH else FLAT_STAGES, GENERAL, THROUGH,
+                )  # fmt: skip
             else:
                 _update_unaligned(
                     place, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr, ROWS // 4, COLS, GENERAL, THROUGH
@@ -914,9 +930,9 @@ def backward_kernel(
             if kind == DOT:
                 g_ptr = _select(grad_ptrs, k)
                 if distance % UNIT == 0:
-                    product = _dot(tp, g_ptr, weight_ptr + distance // UNIT * UNIT, accum, BLOCK)
+                    product = _dot(tp, g_ptr, weight_ptr + distance // UNIT * UNIT, accum, BLOCK, FLAT_STAGES)
                 else:
-                    product = _dot(tp, g_ptr, weight_ptr + distance, accum, BLOCK)
+                    product = _dot(tp, g_ptr, weight_ptr + distance, accum, BLOCK, FLAT_STAGES)
                 tl.store(double_ptr + tl.load(lp + L_DOTS) + 1 + tl.load(tp + T_SLOT0), product)
             elif THROUGH:
                 _product(

@@ -34,7 +34,7 @@ class Config:
         registers: most per thread; programs: per SM, as many as those registers let reside. More would only wait.
         stages: of the loads of the products, through cp.async.
         warps: per program. 4 warps read a block of 8 x 256 numbers in four 16-byte accesses per thread.
-        block: numbers per step of the flat passes, 16 a thread.
+        block: numbers per step of the flat passes, 16 a thread. flat_stages: of their loads.
     """
 
     registers: int
@@ -42,12 +42,14 @@ class Config:
     stages: int
     warps: int = 4
     block: int = 2048
+    flat_stages: int = 1
 
 
 # By (two directions, something more to do: vectors of another dtype, or the gradient through the iteration). The
 # smallest bound under which Triton 3.9 spills nothing on sm_80, sm_90 and sm_100 (3.6 spills a few numbers per tile,
 # none in a loop), 65,536 registers an SM shared among programs of 128 threads. The third stage costs one direction no
-# register, two directions 8 too many. tests/test_triton_compiled.py checks it; nothing was timed on a device yet.
+# register, two directions 8 too many. tests/test_triton_compiled.py checks it. On an H200 blocks of 4,096 numbers and
+# three stages of the flat passes gained nothing or lost a few percent (benchmarks/results/gpu_h200_tuning.jsonl).
 AMPERE = {
     (False, False): Config(registers=128, programs=4, stages=3),
     (True, False): Config(registers=168, programs=3, stages=2),
@@ -233,9 +235,10 @@ def _run(
         *(tables["tiles"], tables["blocks"], tables["layers"], *arguments, *launch.buffers(accum, device, stream)),
         *(len(schedule.tiles), programs, schedule.n_counters),
     )
-    settings = dict(ROWS=ROWS, COLS=COLS[schedule.itemsize], STAGES=config.stages, BLOCK=config.block, **flags)
+    shape = {"ROWS": ROWS, "COLS": COLS[schedule.itemsize], "BLOCK": config.block}
+    settings = {**shape, "STAGES": config.stages, "FLAT_STAGES": config.flat_stages, **flags}
     if stream is not None:
-        options = {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": True}
+        options = {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": False}
         kernel[(programs,)](*full, **settings, **options)
         return
     with _interpreter_lock:

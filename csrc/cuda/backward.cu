@@ -5,12 +5,13 @@
 namespace bssn {
 namespace cuda {
 
-// Programs an SM for which registers are handed out. Each has 24 KB on its way, so two keep an SM's share of HBM busy.
-template <bool kBoth>
-constexpr int kResident = kBoth || kArch >= 100 ? 2 : 3;
+// Programs an SM for which registers are handed out: as many as shared memory lets reside on sm_90, where
+// registers do for so many.
+template <class T, bool kBoth>
+constexpr int kResident = kArch >= 100 ? 2 : kBoth || kArch != 90 || sizeof(T) == 8 ? 3 : 4;
 
 template <class T, bool kBoth>
-__global__ void __launch_bounds__(kThreads, kResident<kBoth>)
+__global__ void __launch_bounds__(kThreads, kResident<T, kBoth>)
     backward_kernel(const __grid_constant__ LaunchParams launch, const __grid_constant__ Tensors tensors,
                     const int n_layers) {
   backward_program<T, kBoth>(launch, tensors, n_layers);

@@ -2,8 +2,8 @@
 //
 // Reads and writes of full-size arrays, per layer: DOT reads G and W (W evict-first, G stays for UPDATE), UPDATE reads G
 // again (from L2 where the layer fits) and writes dW, both evict-first; through the iteration INNER or OUTER read W once
-// more, just after DOT. For biggan128, 352 MB of fp32, a three-stream op moves 3 sets of weights, 246 us at 4.3 TB/s;
-// here G comes from HBM a second time for what L2 does not hold, 0.6 sets: 1.2 times that. One dependency per layer.
+// more, just after DOT. One dependency per layer. Measured on an H200, biggan128, 352 MB of fp32: 0.37 ms against the
+// 0.24 ms of a three-stream op; HBM gives 1,030 MB and takes 326, so that G comes from there twice.
 #pragma once
 
 #include "products.cuh"
@@ -13,20 +13,64 @@ namespace bssn {
 namespace cuda {
 
 // <G, W> of a flat tile, this thread's share. G is read again soon, W is not.
-template <class T, class G>
-BSSN_DEVICE double dot_tile(const Tile& tile, const G* g, const T* w) {
+template <class T>
+BSSN_DEVICE double dot_tile(const Tile& tile, const T* g, const T* w, Bits16* memory) {
   using A = Accum<T>;
-  constexpr int n = 16 / int(sizeof(T) > sizeof(G) ? sizeof(T) : sizeof(G)), kAtOnce = 4;
+  constexpr int n = kLane<T>, kEach = kPieces<T> / 2;
+  const int64_t start = int64_t(tile.row0) * kFlat;
+  g += start, w += start;
+  const int count = tile.rows;
+  const FlatSteps<T, kEach> flat(aligned(w) ? count / n : 0);
+  Ring<T, true, kEach> of_w(memory);
+  Ring<T, false, kEach> of_g(memory + Ring<T, true, kEach>::kSize);
+  auto fetch = [&](int step) {
+    if (step < flat.steps)
+      BSSN_UNROLL
+      for (int j = 0; j < kEach; ++j) {
+        of_w.fetch(j, w + flat.place(step, j), flat.there(step, j));
+        of_g.fetch(j, g + flat.place(step, j), flat.there(step, j));
+      }
+    of_w.next();
+    of_g.fetched();
+  };
+  for (int step = 0; step < kStages<T> - 1; ++step) fetch(step);
+  A sums[n] = {};
+  for (int step = 0; step < flat.steps; ++step) {
+    of_g.arrived();
+    BSSN_UNROLL
+    for (int j = 0; j < kEach; ++j) {
+      const int at = flat.place(step, j);
+      A x[n], y[n];
+      of_w.get(j, w + at, flat.there(step, j), x);
+      of_g.get(j, g + at, flat.there(step, j), y);
+      BSSN_UNROLL
+      for (int k = 0; k < n; ++k) sums[k] += x[k] * y[k];
+    }
+    of_w.read();
+    of_g.read();
+    fetch(step + kStages<T> - 1);
+  }
+  double sum = 0;
+  BSSN_UNROLL
+  for (int k = 0; k < n; ++k) sum += double(sums[k]);
+  for (int i = flat.pieces * n + thread(); i < count; i += kThreads) sum += double(A(widen(w[i]))) * double(A(widen(g[i])));
+  return sum;
+}
+
+// The same for float32 W and G in half precision, as under autocast.
+template <class G>
+BSSN_DEVICE double dot_tile_of_half(const Tile& tile, const G* g, const float* w) {
+  constexpr int n = kLane<float>, kAtOnce = 4;
   const int64_t start = int64_t(tile.row0) * kFlat;
   g += start, w += start;
   const int count = tile.rows, pieces = aligned(w) ? count / n : 0;
-  A sums[n] = {};
+  float sums[n] = {};
   for (int i = thread(); i < pieces; i += kAtOnce * kThreads) {
-    A x[kAtOnce][n], y[kAtOnce][n];
+    float x[kAtOnce][n], y[kAtOnce][n];
     BSSN_UNROLL
     for (int j = 0; j < kAtOnce; ++j)
       if (i + j * kThreads < pieces) {
-        load_numbers_once<T, n>(w + (i + j * kThreads) * n, x[j]);
+        load_numbers_once<float, n>(w + (i + j * kThreads) * n, x[j]);
         load_numbers<G, n>(g + (i + j * kThreads) * n, y[j]);
       }
     BSSN_UNROLL
@@ -38,7 +82,7 @@ BSSN_DEVICE double dot_tile(const Tile& tile, const G* g, const T* w) {
   double sum = 0;
   BSSN_UNROLL
   for (int k = 0; k < n; ++k) sum += double(sums[k]);
-  for (int i = pieces * n + thread(); i < count; i += kThreads) sum += double(A(widen(w[i]))) * double(A(widen(g[i])));
+  for (int i = pieces * n + thread(); i < count; i += kThreads) sum += double(w[i]) * double(widen(g[i]));
   return sum;
 }
 
@@ -103,7 +147,6 @@ BSSN_DEVICE void update_tile(const LaunchParams& launch, const Tile& tile, const
   const Place place(tile, layer);
   const int64_t base = place.row0 * place.l + place.col0;
   Walk<T, true, kSame> walk(place, static_cast<const T*>(grad) + base, shared.ring);
-  await(launch.counters, tile.wait, tile.wait_target);
 
   const double product = load_fresh(launch.doubles + layer.dots);
   const A multiplier = static_cast<const A*>(launch.saved)[layer.scalars + k_multiplier];
@@ -150,10 +193,10 @@ BSSN_DEVICE void update_tile(const LaunchParams& launch, const Tile& tile, const
         BSSN_UNROLL
         for (int e = 0; e < kRoles; ++e) {
           const Role& role = layer.roles[e];
-          stage_slab(layouts[e], place, staged_row0, rows, staged_chunk0, parts.chunks, staged[e][0],
+          stage_slab<2>(layouts[e], place, staged_row0, rows, staged_chunk0, parts.chunks, staged[e][0], A(1),
                      [&](int64_t p, int q, int r) { return terms[e].of_slab(role, p, q, r); });
           if (both)
-            stage_slab(layouts[e], place, staged_row0, rows, staged_chunk0, parts.chunks, staged[e][1],
+            stage_slab<2>(layouts[e], place, staged_row0, rows, staged_chunk0, parts.chunks, staged[e][1], A(1),
                        [&](int64_t p, int q, int r) { return terms[e].other ? terms[e].beside_slab(role, p, q, r) : A(0); });
         }
         barrier();
@@ -182,7 +225,7 @@ BSSN_DEVICE void update_tile(const LaunchParams& launch, const Tile& tile, const
         if (!walk.there(row, chunk)) continue;
         A* const g = all[j];
         BSSN_UNROLL
-        for (int i = 0; i < n; ++i) g[i] *= multiplier;
+        for (int i = 0; i < n; ++i) g[i] = multiply(multiplier, g[i]);
         BSSN_UNROLL
         for (int e = 0; e < kRoles; ++e) {
           if (!(e ? on1 : terms[0].on)) continue;
@@ -209,7 +252,6 @@ BSSN_DEVICE_CALL void update_by_number(const LaunchParams& launch, const Tile& t
   using A = Accum<T>;
   const Layer& layer = launch.layers[tile.layer];
   const Place place(tile, layer);
-  await(launch.counters, tile.wait, tile.wait_target);
   const double product = load_fresh(launch.doubles + layer.dots);
   const A multiplier = static_cast<const A*>(launch.saved)[layer.scalars + k_multiplier];
   const Divider divider(place.r);
@@ -219,7 +261,7 @@ BSSN_DEVICE_CALL void update_by_number(const LaunchParams& launch, const Tile& t
       if (place.there(chunk, b) <= 0) continue;
       const int column = place.col0 + chunk * place.step + b;
       const int64_t p = place.row0 + row, at = p * place.l + column;
-      A sum = multiplier * number_at<A>(grad, launch.other_dtype, at);
+      A sum = multiply(multiplier, number_at<A>(grad, launch.other_dtype, at));
       for (int e = 0; e < (kBoth ? 2 : 1); ++e) {
         const Role& role = layer.roles[e];
         const RankTerm<A> term(launch, layer, role, product);
@@ -240,7 +282,7 @@ template <class T, bool kBoth>
 BSSN_DEVICE void backward_program(const LaunchParams& launch, const Tensors& tensors, int n_layers) {
   using A = Accum<T>;
   auto& shared = *reinterpret_cast<Shared<T, kBoth>*>(shared_memory());
-  every_ticket(launch, shared.tickets, [&](const Tile& tile) {
+  every_ticket(launch, shared.tickets, [&](const Tile& tile, auto over) {
     const Layer& layer = launch.layers[tile.layer];
     const void* grad = tensor(tensors, tile.layer);
     if (tile.kind == kUpdate) {
@@ -251,17 +293,18 @@ BSSN_DEVICE void backward_program(const LaunchParams& launch, const Tensors& ten
         update_tile<T, kBoth, Code<T>::value != DType::f32>(launch, tile, grad, out, shared);
       else
         update_by_number<T, kBoth>(launch, tile, grad, out);
+      over();
       return;
     }
+    const Arrival arrival(launch, tile);
     if (tile.kind == kDot) {
-      await(launch.counters, tile.wait, tile.wait_target);
       const T* w = reinterpret_cast<const T*>(launch.addresses[tile.layer].weight);
       double share = 0;
       if (launch.other_dtype == Code<T>::value)
-        share = dot_tile<T, T>(tile, static_cast<const T*>(grad), w);
+        share = dot_tile(tile, static_cast<const T*>(grad), w, shared.ring);
       else if (half_of<T>(launch.other_dtype))
         with_half(launch.other_dtype, [&](auto type) {
-          share = dot_tile<T, decltype(type)>(tile, static_cast<const decltype(type)*>(grad), w);
+          share = dot_tile_of_half(tile, static_cast<const decltype(type)*>(grad), reinterpret_cast<const float*>(w));
         });
       else
         share = dot_by_number<T>(tile, grad, launch.other_dtype, w);
@@ -270,8 +313,9 @@ BSSN_DEVICE void backward_program(const LaunchParams& launch, const Tensors& ten
     } else {
       product_tile<T, kBoth>(launch, tile, shared);
     }
+    over();
     arrive<T, kBoth>(
-        launch, tile, false, shared,
+        launch, tile, arrival, false, shared,
         [&](const Block& block, const Layer& layer) {
           if (block.kind != kDot) return;
           const double product = block_total(launch.doubles + layer.dots + 1, int(layer.dot_count), shared.sums);

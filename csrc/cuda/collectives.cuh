@@ -50,37 +50,78 @@ BSSN_DEVICE int raise(int* counters, int i, int* shared) {
   return *shared;
 }
 
-BSSN_DEVICE void await(const int* counters, int i, int target) {
-  if (target <= 0) return;
+// Tickets, in the program that drew them. One that has to wait is held, and another one is drawn and worked on meanwhile.
+// A program waits for nothing but the smallest ticket that it has: the smallest one of all that are not done waits only for
+// what is done, so its program goes on, however many run at once.
+struct Tickets {
+  alignas(16) Tile tiles[3];  // of the tile at work, of the one that is held, and of the next one
+  int ticket;
+  bool over;  // whether a wait is
+};
+
+// Which of the three tiles is which, in one register, as every thread keeps it.
+class Places {
+ public:
+  static constexpr int kNone = 3, kDrawn = 64, kFetched = 128;  // no place; flags of the next ticket
+  BSSN_DEVICE int next() const { return bits_ & 3; }
+  BSSN_DEVICE int held() const { return bits_ >> 2 & 3; }
+  BSSN_DEVICE int busy() const { return bits_ >> 4 & 3; }
+  BSSN_DEVICE bool is(int flag) const { return (bits_ & flag) != 0; }
+  BSSN_DEVICE void set(int flag) { bits_ |= flag; }
+  BSSN_DEVICE void hold(int place) { bits_ = (bits_ & ~12) | place << 2; }
+  BSSN_DEVICE void work_at(int place) { bits_ = (bits_ & ~48) | place << 4; }
+  // One that is neither held nor at work.
+  BSSN_DEVICE void choose_next() {
+    int place = 0;
+    while (place == held() || place == busy()) ++place;
+    bits_ = (bits_ & ~3) | place;
+  }
+  BSSN_DEVICE int take_next() {
+    bits_ &= ~(kDrawn | kFetched);
+    return next();
+  }
+  BSSN_DEVICE int take_held() {
+    const int place = held();
+    hold(kNone);
+    return place;
+  }
+
+ private:
+  int bits_ = kNone << 2 | kNone << 4;
+};
+
+// By one thread; what was published before the count is there after it.
+BSSN_DEVICE bool is_over(const int* counters, const Tile& tile) {
+  return tile.wait_target <= 0 || load_acquire(counters + tile.wait * kCounterStride) >= tile.wait_target;
+}
+
+BSSN_DEVICE void await(const int* counters, const Tile& tile) {
   if (thread() == 0) {
-    const int* counter = counters + i * kCounterStride;
-    while (load_relaxed(counter) < target) pause();
-    load_acquire(counter);  // counters only grow: it reads no less, and what was published before is there after it
+    while (load_relaxed(counters + tile.wait * kCounterStride) < tile.wait_target) pause();
+    is_over(counters, tile);  // counters only grow: it still is
   }
   barrier();
 }
-
-// Tickets, and the tile that the current one stands for. A program may hold the next ticket while it works, as long as
-// it finishes the tile of this one before it waits for anything that the next one needs.
-struct Tickets {
-  Tile tile;
-  int ticket;
-};
 
 template <class Params>
 BSSN_DEVICE int draw(const Params& launch) {
   return add_relaxed(launch.counters, 1);
 }
 
-// Make `ticket` (known to thread 0) the current one.
+// The tile of a ticket on its way; by the thread that drew it.
 template <class Params>
-BSSN_DEVICE void take(const Params& launch, int ticket, Tickets& tickets) {
-  barrier();  // whoever still reads the last tile
-  if (thread() == 0) {
-    tickets.ticket = ticket;
-    if (ticket < launch.n_tiles) tickets.tile = launch.tiles[ticket];
+BSSN_DEVICE void fetch_tile(const Params& launch, int ticket, Tile* to) {
+  if (ticket >= launch.n_tiles) return;
+  constexpr int kPieces = int(sizeof(Tile)) / 16;
+  const Bits16* from = reinterpret_cast<const Bits16*>(launch.tiles + ticket);
+  BSSN_UNROLL
+  for (int i = 0; i < kPieces; ++i) {
+    if (kAsync)
+      copy_async(reinterpret_cast<Bits16*>(to) + i, from + i, true);
+    else
+      reinterpret_cast<Bits16*>(to)[i] = from[i];
   }
-  barrier();
+  commit_copies();
 }
 
 // The last program to leave clears the counters for the next launch: by then nobody draws or waits any more. The count
@@ -94,15 +135,59 @@ BSSN_DEVICE void leave(const Params& launch, Tickets& tickets) {
     for (int i = thread(); i < launch.n_counters * kCounterStride; i += kThreads) launch.counters[i] = 0;
 }
 
-// Every ticket of a launch, with `work` for the tile of each. With many tiles the next ticket is drawn when a tile
-// begins, which hides the way to memory and back; with few it would keep tiles from programs that have none.
+// Every ticket of a launch, with `work` for the tile of each, whose wait is over. With many tiles the next ticket is drawn
+// when a tile begins, and its tile fetched when `work` says that its own reads are over, which hides the ways to memory and
+// back; with few it would keep tiles from programs that have none.
 template <class Params, class Work>
 BSSN_DEVICE void every_ticket(const Params& launch, Tickets& tickets, Work work) {
-  int next = thread() == 0 ? draw(launch) : 0;
-  for (take(launch, next, tickets); tickets.ticket < launch.n_tiles; take(launch, next, tickets)) {
-    if (launch.ahead && thread() == 0) next = draw(launch);
-    work(tickets.tile);
-    if (!launch.ahead && thread() == 0) next = draw(launch);
+  int ticket = 0;  // the next one, known to the thread that draws
+  Places places;
+  auto draw_next = [&] {
+    if (thread() == 0) ticket = draw(launch);
+    places.set(Places::kDrawn);
+  };
+  auto fetch_next = [&] {
+    if (!places.is(Places::kDrawn) || places.is(Places::kFetched)) return;
+    places.choose_next();
+    if (thread() == 0) fetch_tile(launch, ticket, tickets.tiles + places.next());
+    places.set(Places::kFetched);
+  };
+  while (true) {
+    int place = Places::kNone;
+    if (places.held() != Places::kNone) {
+      if (thread() == 0) tickets.over = is_over(launch.counters, tickets.tiles[places.held()]);
+      barrier();
+      if (tickets.over) place = places.take_held();
+      barrier();
+    }
+    if (place == Places::kNone) {
+      if (!places.is(Places::kDrawn)) draw_next();
+      fetch_next();
+      if (thread() == 0) {
+        wait_copies<0>();
+        tickets.ticket = ticket;
+        tickets.over = ticket < launch.n_tiles && is_over(launch.counters, tickets.tiles[places.next()]);
+      }
+      barrier();
+      const bool none = tickets.ticket >= launch.n_tiles, over = tickets.over;
+      barrier();
+      if (over) {
+        place = places.take_next();
+      } else if (places.held() != Places::kNone) {
+        await(launch.counters, tickets.tiles[places.held()]);
+        place = places.take_held();
+      } else if (none) {
+        break;
+      } else {
+        places.hold(places.take_next());
+        continue;
+      }
+    }
+    places.work_at(place);
+    if (launch.ahead && !places.is(Places::kDrawn)) draw_next();
+    work(tickets.tiles[place], fetch_next);
+    places.work_at(Places::kNone);
+    barrier();  // whoever still reads this tile
   }
   leave(launch, tickets);
 }

@@ -10,7 +10,8 @@
 #define BSSN_DEVICE __device__ __forceinline__
 #define BSSN_DEVICE_CALL __device__ __noinline__
 #define BSSN_UNROLL _Pragma("unroll")
-#define BSSN_UNROLL_BY_2 _Pragma("unroll 2")
+#define BSSN_UNROLL_BY_4 _Pragma("unroll 4")
+#define BSSN_UNROLL_BY_8 _Pragma("unroll 8")
 
 namespace bssn {
 namespace cuda {
@@ -67,6 +68,11 @@ template <>
 BSSN_DEVICE bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <>
 BSSN_DEVICE f16 narrow<f16>(float x) { return __float2half_rn(x); }
+
+// A product that is rounded by itself. Left to the compiler, m g + x y would be fused one way in one kernel and the other
+// way in the next, and a layer's bits would depend on the group that it is in.
+BSSN_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+BSSN_DEVICE double multiply(double a, double b) { return __dmul_rn(a, b); }
 
 // ---- Counters, in global memory
 
@@ -155,6 +161,10 @@ BSSN_DEVICE void store_once(Bits4* p, Bits4 v) { *p = v; }
 template <class A>
 BSSN_DEVICE A load_fresh(const A* p) {
   return __ldcg(p);
+}
+BSSN_DEVICE Bits16 load_fresh(const Bits16* p) {
+  const uint4 v = __ldcg(reinterpret_cast<const uint4*>(p));
+  return Bits16{v.x, v.y, v.z, v.w};
 }
 
 // ---- Asynchronous copies from global to shared memory, each thread for itself

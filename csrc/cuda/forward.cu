@@ -5,10 +5,10 @@
 namespace bssn {
 namespace cuda {
 
-// Programs an SM for which registers are handed out: as many as shared memory lets reside on sm_90, and fewer for half
-// precision, whose 16 bytes are eight numbers. (On sm_120 shared memory has room for two at most.)
+// Programs an SM for which registers are handed out: as many as shared memory lets reside on sm_90, where registers do for
+// so many. (On sm_120 shared memory has room for two at most.)
 template <class T, bool kBoth>
-constexpr int kResident = kArch >= 120 && sizeof(T) == 2 ? 2 : kBoth || sizeof(T) == 2 || kArch >= 100 ? 3 : 4;
+constexpr int kResident = kArch >= 120 && sizeof(T) == 2 ? 2 : kArch != 90 || (kBoth && sizeof(T) == 8) ? 3 : 4;
 
 template <class T, bool kBoth>
 __global__ void __launch_bounds__(kThreads, kResident<T, kBoth>)

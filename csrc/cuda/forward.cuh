@@ -1,20 +1,18 @@
 // The forward kernel: power iterations, sigmas, multipliers, new vectors and W_bar of all layers in one launch.
 //
-// Reads and writes of full-size arrays, by phase. Numbers for biggan128 (23 layers, 352 MB of fp32: three layers of 85 MB,
-// one of 42), at 4.3 TB/s from HBM and 8 TB/s from L2, of which 34 MB are counted on; a copy takes 164 us.
+// Reads and writes of full-size arrays, by phase, of biggan128 (23 layers, 352 MB of fp32: three layers of 85 MB, one of 42):
 //
-//   INNER  reads W once per iteration      352 MB, from HBM where it comes first           82 us
-//   OUTER  reads W once per iteration      352 MB, from L2: 6 MB after INNER of its rows    44 us
-//   SCALE  reads W, evict-first            352 MB, for three layers of 85 MB mostly HBM    60 us (34 MB of each from L2)
-//          writes W_bar, evict-first       352 MB                                          82 us
+//   INNER  reads W once per iteration      352 MB, from HBM where it comes first
+//   OUTER  reads W once per iteration      352 MB, from L2 where it still is there
+//   SCALE  reads W, evict-first            352 MB
+//          writes W_bar, evict-first       352 MB
 //
-// L2 and HBM traffic overlap, so HBM decides: W 1.6 to 1.7 times and W_bar once, 2.6 to 2.7 sets of weights against the
-// copy's 2, that is 1.3 to 1.35 times the copy where nothing else counts; 1.0 to 1.15 for sets whose layers fit L2. About
-// 10,000 tiles of 128 KB, each with five barriers or so and two atomics, and one dependency (0.9 us, and the sums of its
-// block) per group of rows and two per layer. With 4 programs an SM 67 MB of tiles are in hand at once, so an OUTER tile,
-// 6 MB behind its INNER, finds that one at work and waits for it; half of the programs then still have 6 MB on their way
-// (24 KB each), twice what HBM's latency asks for. Whether smaller tiles or a longer way between the two do better is the
-// first thing to measure. BSSN reads the same: its in-direction runs in the opposite order.
+// Measured on an H200: 0.42 ms against the 0.21 ms of a copy. HBM then gives 1,010 MB and takes 330: hardly anything is
+// found in L2, since 528 programs have 70 MB of tiles in hand, and 27 us pass from the first read of a row block to the
+// first that may follow it, in which HBM moves twice what L2 holds. What the order of tiles does is that nobody waits
+// meanwhile; before it did, the same kernel took 0.82 ms. A tile of 110 KB takes 16 us, 6 of which are not streaming: its
+// tables, the vectors into shared memory, and the count at its end. BSSN takes 0.63 ms: its directions contradict each
+// other, so each of its four products is a pass of its own, and every one waits for the whole layer.
 #pragma once
 
 #include "../algebra.h"
@@ -111,26 +109,37 @@ BSSN_DEVICE_CALL void write_vectors(const LaunchParams& launch, const Tile& tile
 
 // W_bar = m W for a flat tile. Both are done with: what L2 should keep is what comes next.
 template <class T, class O>
-BSSN_DEVICE void scale_tile(const Tile& tile, const T* w, O* out, Accum<T> multiplier) {
+BSSN_DEVICE void scale_tile(const Tile& tile, const T* w, O* out, Bits16* memory, const Accum<T>* factor) {
   using A = Accum<T>;
-  constexpr int n = 16 / int(sizeof(T) > sizeof(O) ? sizeof(T) : sizeof(O)), kAtOnce = 4;
+  constexpr int n = kLane<T>, kEach = kPieces<T>;
   const int64_t start = int64_t(tile.row0) * kFlat;
   w += start, out += start;
-  const int count = tile.rows, pieces = aligned(w) ? count / n : 0;
-  for (int i = thread(); i < pieces; i += kAtOnce * kThreads) {
-    A x[kAtOnce][n];
+  const int count = tile.rows;
+  const FlatSteps<T, kEach> flat(aligned(w) ? count / n : 0);
+  Ring<T, true> ring(memory);
+  auto fetch = [&](int step) {
+    if (step < flat.steps)
+      BSSN_UNROLL
+      for (int j = 0; j < kEach; ++j) ring.fetch(j, w + flat.place(step, j), flat.there(step, j));
+    ring.fetched();
+  };
+  for (int step = 0; step < kStages<T> - 1; ++step) fetch(step);
+  const A multiplier = load_fresh(factor);
+  for (int step = 0; step < flat.steps; ++step) {
+    ring.arrived();
     BSSN_UNROLL
-    for (int j = 0; j < kAtOnce; ++j)
-      if (i + j * kThreads < pieces) load_numbers_once<T, n>(w + (i + j * kThreads) * n, x[j]);
-    BSSN_UNROLL
-    for (int j = 0; j < kAtOnce; ++j)
-      if (i + j * kThreads < pieces) {
-        BSSN_UNROLL
-        for (int k = 0; k < n; ++k) x[j][k] *= multiplier;
-        store_numbers_once<O, n>(out + (i + j * kThreads) * n, x[j]);
-      }
+    for (int j = 0; j < kEach; ++j) {
+      const int at = flat.place(step, j);
+      A x[n];
+      ring.get(j, w + at, flat.there(step, j), x);
+      BSSN_UNROLL
+      for (int k = 0; k < n; ++k) x[k] *= multiplier;
+      if (flat.there(step, j)) store_numbers_once<O, n>(out + at, x);
+    }
+    ring.read();
+    fetch(step + kStages<T> - 1);
   }
-  for (int i = pieces * n + thread(); i < count; i += kThreads) out[i] = narrow<O>(multiplier * A(widen(w[i])));
+  for (int i = flat.pieces * n + thread(); i < count; i += kThreads) out[i] = narrow<O>(multiplier * A(widen(w[i])));
 }
 
 // `outs`: room for W_bar of all layers.
@@ -138,21 +147,23 @@ template <class T, bool kBoth>
 BSSN_DEVICE void forward_program(const LaunchParams& launch, const Tensors& outs) {
   using A = Accum<T>;
   auto& shared = *reinterpret_cast<Shared<T, kBoth>*>(shared_memory());
-  every_ticket(launch, shared.tickets, [&](const Tile& tile) {
+  every_ticket(launch, shared.tickets, [&](const Tile& tile, auto over) {
     if (tile.kind == kVectors) {
-      await(launch.counters, tile.wait, tile.wait_target);
       write_vectors<T, kBoth>(launch, tile, shared);
     } else if (tile.kind == kScale) {
-      await(launch.counters, tile.wait, tile.wait_target);
-      const A multiplier = load_fresh(static_cast<const A*>(launch.saved) + launch.layers[tile.layer].scalars + k_multiplier);
+      const A* multiplier = static_cast<const A*>(launch.saved) + launch.layers[tile.layer].scalars + k_multiplier;
       const T* w = reinterpret_cast<const T*>(launch.addresses[tile.layer].weight);
       void* out = tensor(outs, tile.layer);
-      with_type(launch.other_dtype,
-                [&](auto type) { scale_tile<T, decltype(type)>(tile, w, static_cast<decltype(type)*>(out), multiplier); });
+      with_type(launch.other_dtype, [&](auto type) {
+        scale_tile<T>(tile, w, static_cast<decltype(type)*>(out), shared.ring, multiplier);
+      });
+      over();
     } else {
+      const Arrival arrival(launch, tile);
       product_tile<T, kBoth>(launch, tile, shared);
+      over();
       arrive<T, kBoth>(
-          launch, tile, true, shared, [](const Block&, const Layer&) {},
+          launch, tile, arrival, true, shared, [](const Block&, const Layer&) {},
           [&](const Block& block, const Layer& layer) { finish_iteration<T, kBoth>(launch, block, layer, shared); });
     }
   });

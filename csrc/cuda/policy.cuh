@@ -49,7 +49,7 @@ constexpr int kGroups = kCols<T> / kLane<T>;  // 16-byte pieces of a row of a ch
 template <class T>
 constexpr int kPieces = 2 * kGroups<T> / 32;  // that a thread reads in one step
 template <class T>
-constexpr int kStages = 12 / kPieces<T>;  // 192 bytes a thread on their way
+constexpr int kStages = 16 / kPieces<T>;  // 192 bytes a thread on their way, and 64 that are being read
 
 template <int kBytes>
 struct BitsOf;
@@ -78,13 +78,18 @@ union Pack {
 };
 
 template <class T, int n, class A>
+BSSN_DEVICE void widen_pack(const Pack<T, n>& pack, A* numbers) {
+  BSSN_UNROLL
+  for (int i = 0; i < n; ++i) numbers[i] = A(widen(pack.numbers[i]));
+}
+
+template <class T, int n, class A>
 BSSN_DEVICE void load_numbers_once(const T* p, A* numbers) {
   Pack<T, n> pack;
   BSSN_UNROLL
   for (int i = 0; i < Pack<T, n>::kParts; ++i)
     pack.bits[i] = load_once(reinterpret_cast<const typename Pack<T, n>::Bits*>(p) + i);
-  BSSN_UNROLL
-  for (int i = 0; i < n; ++i) numbers[i] = A(widen(pack.numbers[i]));
+  widen_pack(pack, numbers);
 }
 
 template <class T, int n, class A>
@@ -93,8 +98,7 @@ BSSN_DEVICE void load_numbers(const T* p, A* numbers) {
   BSSN_UNROLL
   for (int i = 0; i < Pack<T, n>::kParts; ++i)
     pack.bits[i] = reinterpret_cast<const typename Pack<T, n>::Bits*>(p)[i];
-  BSSN_UNROLL
-  for (int i = 0; i < n; ++i) numbers[i] = A(widen(pack.numbers[i]));
+  widen_pack(pack, numbers);
 }
 
 template <class T, int n, class A>
@@ -147,12 +151,13 @@ BSSN_DEVICE void* tensor(const Tensors& tensors, int i) { return tensors.table ?
 
 BSSN_DEVICE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Pieces of an array on their way to a thread, kStages steps of kPieces each: every thread copies what it will read
+// Pieces of an array on their way to a thread, kStages steps of kEach each: every thread copies what it will read
 // itself, so no barrier stands in a loop. On devices without asynchronous copies `get` reads them when they are needed.
 //
 // kOnce: of an array that this launch does not need again.
-template <class T, bool kOnce>
+template <class T, bool kOnce, int kEach = kPieces<T>>
 struct Ring {
+  static constexpr int kSize = kStages<T> * kEach * kThreads;
   Bits16* slots;
   int writing = 0, reading = 0;
 
@@ -160,36 +165,48 @@ struct Ring {
 
   BSSN_DEVICE void fetch(int piece, const T* p, bool there) {
     if (!kAsync) return;
-    Bits16* to = slots + (writing * kPieces<T> + piece) * kThreads;
+    Bits16* to = slots + (writing * kEach + piece) * kThreads;
     const Bits16* from = reinterpret_cast<const Bits16*>(p);
     if (kOnce)
       copy_async_once(to, from, there);
     else
       copy_async(to, from, there);
   }
+  // The step is on its way; of several rings that go in step the last one commits.
+  BSSN_DEVICE void next() {
+    if (++writing == kStages<T>) writing = 0;
+  }
   BSSN_DEVICE void fetched() {
     commit_copies();
-    if (++writing == kStages<T>) writing = 0;
+    next();
   }
   // Before a step's pieces are read.
   BSSN_DEVICE void arrived() { wait_copies<kStages<T> - 2>(); }
   // The kLane numbers at p, or zeros.
   template <class A>
   BSSN_DEVICE void get(int piece, const T* p, bool there, A* numbers) {
-    constexpr int n = kLane<T>;
-    Pack<T, n> pack;
+    Pack<T, kLane<T>> pack;
     if (kAsync)
-      pack.bits[0] = slots[(reading * kPieces<T> + piece) * kThreads];
+      pack.bits[0] = slots[(reading * kEach + piece) * kThreads];
     else if (!there)
       pack.bits[0] = Bits16{0, 0, 0, 0};
     else
       pack.bits[0] = kOnce ? load_once(reinterpret_cast<const Bits16*>(p)) : *reinterpret_cast<const Bits16*>(p);
-    BSSN_UNROLL
-    for (int i = 0; i < n; ++i) numbers[i] = A(widen(pack.numbers[i]));
+    widen_pack(pack, numbers);
   }
   BSSN_DEVICE void read() {
     if (++reading == kStages<T>) reading = 0;
   }
+};
+
+// A flat tile step by step: kEach pieces of 16 bytes for each thread in a step.
+template <class T, int kEach>
+struct FlatSteps {
+  int pieces, steps;
+
+  BSSN_DEVICE explicit FlatSteps(int pieces) : pieces(pieces), steps((pieces + kEach * kThreads - 1) / (kEach * kThreads)) {}
+  BSSN_DEVICE int place(int step, int j) const { return ((step * kEach + j) * kThreads + thread()) * kLane<T>; }
+  BSSN_DEVICE bool there(int step, int j) const { return place(step, j) < pieces * kLane<T>; }
 };
 
 }  // namespace cuda

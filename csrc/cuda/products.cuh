@@ -44,18 +44,15 @@ BSSN_DEVICE void inner_tile(const LaunchParams& launch, const Tile& tile, const 
   };
   for (int i = 0; i < kStages<T> - 1; ++i) fetch();
 
-  await(launch.counters, tile.wait, tile.wait_target);
+  SourceVector<A> source0(launch, layer.roles[0], address, 0, tile.source, true);
+  SourceVector<A> source1(launch, layer.roles[kBoth ? 1 : 0], address, kBoth ? 1 : 0, tile.source, true);
   const bool on0 = (tile.mask & 1) != 0, on1 = kBoth && (tile.mask & 2) != 0;
   A* const staged0 = shared.staged;
   A* const staged1 = shared.staged + kMostChunks * kCols<T>;
-  {
-    const SourceVector<A> source(launch, layer.roles[0], address, 0, tile.source, true);
-    stage_spread<T>(source, place, on0, staged0);
-  }
-  if (kBoth) {
-    const SourceVector<A> source(launch, layer.roles[1], address, 1, tile.source, true);
-    stage_spread<T>(source, place, on1, staged1);
-  }
+  source0.ready();
+  if (kBoth) source1.ready();
+  stage_spread<T>(source0, place, on0, staged0);
+  if (kBoth) stage_spread<T>(source1, place, on1, staged1);
   barrier();
 
   auto out_of = [&](int e, int row) { return inner_partial<A>(launch, tile, layer.roles[e], e, place, row); };
@@ -153,7 +150,10 @@ BSSN_DEVICE void outer_tile(const LaunchParams& launch, const Tile& tile, const 
   const Place place(tile, layer);
   const T* w = reinterpret_cast<const T*>(address.weight) + place.row0 * place.l + place.col0;
   Walk<T, false, true> walk(place, w, shared.ring);
-  await(launch.counters, tile.wait, tile.wait_target);
+  SourceVector<A> sources[2] = {{launch, layer.roles[0], address, 0, tile.source, false},
+                                {launch, layer.roles[kRoles - 1], address, kRoles - 1, tile.source, false}};
+  sources[0].ready();
+  if (kBoth) sources[1].ready();
 
   const bool on[2] = {(tile.mask & 1) != 0, kBoth && (tile.mask & 2) != 0};
   const SlabLayout layouts[2] = {SlabLayout(layer.roles[0], place, on[0]), SlabLayout(layer.roles[1], place, on[1])};
@@ -176,11 +176,8 @@ BSSN_DEVICE void outer_tile(const LaunchParams& launch, const Tile& tile, const 
         const int rows = place.rows - staged_row0 < parts.rows ? place.rows - staged_row0 : parts.rows;
         barrier();
         BSSN_UNROLL
-        for (int e = 0; e < kRoles; ++e) {
-          const SourceVector<A> source(launch, layer.roles[e], address, e, tile.source, false);
-          stage_slab(layouts[e], place, staged_row0, rows, staged_chunk0, parts.chunks, e ? staged1 : staged0,
-                     [&](int64_t p, int q, int r) { return source.at(p * source.p + q * source.q + r * source.r); });
-        }
+        for (int e = 0; e < kRoles; ++e)
+          stage_source(layouts[e], place, staged_row0, rows, staged_chunk0, parts.chunks, e ? staged1 : staged0, sources[e]);
         barrier();
       }
       walk.ring.arrived();

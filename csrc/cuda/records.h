@@ -96,7 +96,7 @@ struct Tensors {
 constexpr int kCounterStride = 8;  // counters are 32 bytes apart, or those who poll one slow those who raise its neighbour
 constexpr int kFlat = 1024;        // flat tiles begin at multiples of this
 constexpr int kResults = 3;        // of a direction and iteration: first_scale, second_scale, ok
-constexpr int kMostChunks = 16;    // of an inner tile
+constexpr int kMostChunks = 8;     // of an inner tile
 
 }  // namespace cuda
 }  // namespace bssn

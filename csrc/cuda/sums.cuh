@@ -13,33 +13,39 @@ struct Terms {
 };
 
 // out[e] = the sum of its terms in a fixed order, in float64; returns this thread's share of the sum of their squares.
-// This is what others wait for, so many loads are on their way at once: of four numbers per thread, or, where there are
-// few numbers, of several parts of the terms of each.
+// This is what others wait for, so many loads are on their way at once: of two numbers per thread and eight terms of each,
+// or, where there are few numbers, of several parts of the terms.
 template <class A>
 BSSN_DEVICE double add_up(const A* parts, A* out, int n, const Terms& terms, A* scratch) {
-  constexpr int kAtOnce = 4;
+  constexpr int kNumbers = 2, kTerms = 8;
   const int count = terms.slots * terms.fold;
   double squares = 0;
   if (n > kThreads / 2) {
-    for (int first = thread(); first < n; first += kAtOnce * kThreads) {
-      double sums[kAtOnce] = {};
+    for (int first = thread(); first < n; first += kNumbers * kThreads) {
+      double sums[kNumbers] = {};
       const A* p = parts + int64_t(first) * terms.entry;
       const int64_t next_slot = terms.slot_stride - int64_t(terms.fold - 1) * terms.fold_stride;
+      const int64_t second = int64_t(kThreads) * terms.entry;
+      const bool two = first + kThreads < n;
       int f = 0;
-      BSSN_UNROLL_BY_2
-      for (int t = 0; t < count; ++t) {
-        A x[kAtOnce];
+      for (int t = 0; t < count; t += kTerms) {
+        A x[kTerms][kNumbers];
         BSSN_UNROLL
-        for (int j = 0; j < kAtOnce; ++j)
-          x[j] = first + j * kThreads < n ? load_fresh(p + int64_t(j * kThreads) * terms.entry) : A(0);
+        for (int i = 0; i < kTerms; ++i) {
+          const bool there = t + i < count;
+          x[i][0] = there ? load_fresh(p) : A(0);
+          x[i][1] = there && two ? load_fresh(p + second) : A(0);
+          const bool last = ++f == terms.fold;
+          p += last ? next_slot : terms.fold_stride;
+          f = last ? 0 : f;
+        }
         BSSN_UNROLL
-        for (int j = 0; j < kAtOnce; ++j) sums[j] += double(x[j]);
-        const bool last = ++f == terms.fold;
-        p += last ? next_slot : terms.fold_stride;
-        f = last ? 0 : f;
+        for (int i = 0; i < kTerms; ++i)
+          BSSN_UNROLL
+          for (int j = 0; j < kNumbers; ++j) sums[j] += double(x[i][j]);
       }
       BSSN_UNROLL
-      for (int j = 0; j < kAtOnce; ++j)
+      for (int j = 0; j < kNumbers; ++j)
         if (first + j * kThreads < n) {
           const A x = A(sums[j]);
           out[first + j * kThreads] = x;
@@ -53,7 +59,7 @@ BSSN_DEVICE double add_up(const A* parts, A* out, int n, const Terms& terms, A* 
   const int shares = kThreads / width, e = thread() & (width - 1), share = thread() / width;
   double sum = 0;
   if (e < n) {
-    BSSN_UNROLL_BY_2
+    BSSN_UNROLL_BY_4
     for (int t = share; t < count; t += shares) {
       const int slot = t / terms.fold, f = t - slot * terms.fold;
       sum += double(load_fresh(parts + slot * terms.slot_stride + f * terms.fold_stride + int64_t(e) * terms.entry));
@@ -117,13 +123,20 @@ BSSN_DEVICE_CALL void combine(const LaunchParams& launch, const Block& block, co
   if (thread() == 0) launch.doubles[shares + block.share] = share;
 }
 
+// Where a tile is counted, read before its work so that nobody waits for it afterwards.
+struct Arrival {
+  int counter, arrivals;
+  BSSN_DEVICE Arrival(const LaunchParams& launch, const Tile& tile)
+      : counter(launch.blocks[tile.block].counter), arrivals(launch.blocks[tile.block].arrivals) {}
+};
+
 // Count a tile. The last one of a block combines it, the last block does `finish`, and then who waits may go on.
 template <class T, bool kBoth, class Special, class Finish>
-BSSN_DEVICE void arrive(const LaunchParams& launch, const Tile& tile, bool forward, Shared<T, kBoth>& shared,
-                        Special special, Finish finish) {
+BSSN_DEVICE void arrive(const LaunchParams& launch, const Tile& tile, const Arrival& arrival, bool forward,
+                        Shared<T, kBoth>& shared, Special special, Finish finish) {
+  if (raise(launch.counters, arrival.counter, &shared.count) != arrival.arrivals - 1) return;
   const Block& block = launch.blocks[tile.block];
   const Layer& layer = launch.layers[tile.layer];
-  if (raise(launch.counters, block.counter, &shared.count) != block.arrivals - 1) return;
   for (int e = 0; e < (kBoth ? 2 : 1); ++e)
     if (block.mask >> e & 1) combine<T, kBoth>(launch, block, layer, e, forward, shared);
   special(block, layer);

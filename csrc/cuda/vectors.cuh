@@ -47,40 +47,36 @@ struct Divider {
   BSSN_DEVICE int divide(int column, int& rest) const {
     int q = int(float(column) * inverse);
     rest = column - q * r;
-    if (rest < 0) {
-      --q;
-      rest += r;
-    } else if (rest >= r) {
-      ++q;
-      rest -= r;
-    }
-    return q;
+    const int off = rest < 0 ? -1 : rest >= r ? 1 : 0;
+    rest -= off * r;
+    return q + off;
   }
 };
 
-// The vector of role e that a product reads: its spread or its slab, with what it is to be multiplied with.
+// The vector of role e that a product reads: its spread or its slab, with what it is to be multiplied with. Where it
+// stands is known before it is there; `ready` is for when it is.
 template <class A>
 struct SourceVector {
   const void* base;
+  const double* factor;  // of a raw vector, made by this launch
+  int64_t p;             // strides
+  int q, r;
   DType dtype;
-  int64_t p, q, r;  // strides
-  bool fresh;       // written by this launch
   A scale;
 
   BSSN_DEVICE SourceVector(const LaunchParams& launch, const Role& role, const Address& address, int e, int source,
                            bool spread) {
     const bool raw = source >= kRaw && source < kSaved;
     p = spread ? 0 : raw ? role.raw_yp : role.stored_yp;
-    q = spread ? (raw ? role.raw_xq : role.stored_xq) : (raw ? role.raw_yq : role.stored_yq);
-    r = spread ? (raw ? role.raw_xr : role.stored_xr) : (raw ? role.raw_yr : role.stored_yr);
-    fresh = raw;
-    scale = A(1);
-    dtype = sizeof(A) == 8 ? DType::f64 : DType::f32;
+    q = int(spread ? (raw ? role.raw_xq : role.stored_xq) : (raw ? role.raw_yq : role.stored_yq));
+    r = int(spread ? (raw ? role.raw_xr : role.stored_xr) : (raw ? role.raw_yr : role.stored_yr));
+    factor = nullptr;
+    dtype = Code<A>::value;
     if (raw) {
       const bool odd = ((source - kRaw) & 1) != 0;
       const int64_t at = spread ? (odd ? role.spread_odd : role.spread) : (odd ? role.slab_odd : role.slab);
       base = static_cast<const A*>(launch.work) + at;
-      if (source >= kScaled) scale = A(load_fresh(launch.doubles + role.results + kResults * (source - kScaled) + 1));
+      if (source >= kScaled) factor = launch.doubles + role.results + kResults * (source - kScaled) + 1;
     } else if (source == kSaved) {
       base = static_cast<const A*>(launch.saved) + (spread ? role.saved_spread : role.saved_slab);
     } else {
@@ -90,27 +86,87 @@ struct SourceVector {
     }
   }
 
+  BSSN_DEVICE void ready() { scale = factor ? A(load_fresh(factor)) : A(1); }
+  // Whether its numbers have the type that sums are made in, as nearly always.
+  BSSN_DEVICE bool own() const { return dtype == Code<A>::value; }
+  // A number without its factor. kOwn: it is known that they have. L1 is of no use: a number is read once, and what this
+  // launch wrote is not there.
+  template <bool kOwn>
   BSSN_DEVICE A at(int64_t i) const {
-    if (fresh) return scale * load_fresh(static_cast<const A*>(base) + i);
-    return scale * number_at<A>(base, dtype, i);
+    return kOwn ? load_fresh(static_cast<const A*>(base) + i) : number_at<A>(base, dtype, i);
   }
 };
 
 // The spread of role e over all columns of a tile into shared memory: number chunk * kCols + b for column b of a chunk,
-// 0 where there is none, or where the product is not wanted.
+// 0 where there is none, or where the product is not wanted. Everybody waits for this, so many loads are on their way at
+// once, none of them in a branch, and where the numbers stand as the columns do they are read 16 bytes at a time.
+template <class T, bool kOwn>
+BSSN_DEVICE void stage_by_number(const SourceVector<Accum<T>>& source, const Place& place, Accum<T>* staged) {
+  using A = Accum<T>;
+  constexpr int kAtOnce = 8;
+  const Divider divider(place.r);
+  const int total = place.chunks * kCols<T>;
+  for (int first = thread(); first < total; first += kAtOnce * kThreads) {
+    A x[kAtOnce];
+    BSSN_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = first + j * kThreads, chunk = i / kCols<T>, b = i % kCols<T>;
+      const bool there = i < total && place.there(chunk, b) > 0;
+      int r;
+      const int q = divider.divide(there ? place.col0 + chunk * place.step + b : place.col0, r);
+      x[j] = source.template at<kOwn>(q * source.q + r * source.r);
+    }
+    BSSN_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = first + j * kThreads, chunk = i / kCols<T>, b = i % kCols<T>;
+      if (i < total) staged[i] = place.there(chunk, b) > 0 ? source.scale * x[j] : A(0);
+    }
+  }
+}
+
+template <class T>
+BSSN_DEVICE void stage_in_order(const SourceVector<Accum<T>>& source, const Place& place, Accum<T>* staged) {
+  using A = Accum<T>;
+  constexpr int n = kLane<A>, kAtOnce = 8, kPerChunk = kCols<T> / n;
+  const A* from = static_cast<const A*>(source.base) + place.col0;
+  const int pieces = place.chunks * kPerChunk;
+  for (int first = thread(); first < pieces; first += kAtOnce * kThreads) {
+    Pack<A, n> x[kAtOnce];
+    BSSN_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = first + j * kThreads, chunk = i / kPerChunk, b = i % kPerChunk * n;
+      const int there = i < pieces ? place.there(chunk, b) : 0;
+      const A* p = from + (chunk * place.step + b);
+      x[j].bits[0] = Bits16{0, 0, 0, 0};
+      if (there >= n)
+        x[j].bits[0] = load_fresh(reinterpret_cast<const Bits16*>(p));
+      else
+        BSSN_UNROLL
+        for (int k = 0; k < n - 1; ++k)
+          if (k < there) x[j].numbers[k] = load_fresh(p + k);
+    }
+    BSSN_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (first + j * kThreads >= pieces) continue;
+      BSSN_UNROLL
+      for (int k = 0; k < n; ++k) x[j].numbers[k] *= source.scale;
+      reinterpret_cast<Bits16*>(staged)[first + j * kThreads] = x[j].bits[0];
+    }
+  }
+}
+
 template <class T>
 BSSN_DEVICE void stage_spread(const SourceVector<Accum<T>>& source, const Place& place, bool wanted, Accum<T>* staged) {
-  const Divider divider(place.r);
-  for (int i = thread(); i < place.chunks * kCols<T>; i += kThreads) {
-    const int chunk = i / kCols<T>, b = i % kCols<T>;
-    Accum<T> x = 0;
-    if (wanted && place.there(chunk, b) > 0) {
-      int r;
-      const int q = divider.divide(place.col0 + chunk * place.step + b, r);
-      x = source.at(q * source.q + r * source.r);
-    }
-    staged[i] = x;
-  }
+  using A = Accum<T>;
+  const bool in_order = place.r == 1 ? source.q == 1 : source.r == 1 && source.q == place.r;
+  if (!wanted)  // and maybe there is no such vector
+    for (int i = thread(); i < place.chunks * kCols<T>; i += kThreads) staged[i] = 0;
+  else if (!source.own())
+    stage_by_number<T, false>(source, place, staged);
+  else if (in_order && place.step % kLane<A> == 0 && aligned(static_cast<const A*>(source.base) + place.col0))
+    stage_in_order<T>(source, place, staged);
+  else
+    stage_by_number<T, true>(source, place, staged);
 }
 
 // How the slab of a role is kept in shared memory: a number for each row, chunk (where those differ) and class.
@@ -144,20 +200,45 @@ struct SlabParts {
   }
 };
 
-// The slab of a role for some rows and chunks of a tile into shared memory. number(p, q, r) gives one of its numbers.
-template <class A, class Number>
+// The slab of a role for some rows and chunks of a tile into shared memory. number(p, q, r) gives one of its numbers, and
+// `factor` is what they are multiplied with. kAtOnce: loads of a thread on their way.
+template <int kAtOnce, class A, class Number>
 BSSN_DEVICE void stage_slab(const SlabLayout& layout, const Place& place, int row0, int rows, int chunk0, int chunks,
-                            A* staged, Number number) {
+                            A* staged, A factor, Number number) {
   if (!layout.on) return;
-  const int parts = layout.by_chunk ? chunks : 1, each = parts * layout.classes;
+  const int parts = layout.by_chunk ? chunks : 1, each = parts * layout.classes, total = rows * each;
   const Divider divider(place.r);
-  for (int i = thread(); i < rows * each; i += kThreads) {
-    const int row = i / each, rest = i - row * each;
-    const int part = rest / layout.classes, c = rest - part * layout.classes;
-    int r;
-    const int q = divider.divide(place.col0 + (chunk0 + part) * place.step, r);
-    staged[i] = number(place.row0 + row0 + row, q, layout.classes == 1 ? r : r + c);
+  for (int first = thread(); first < total; first += kAtOnce * kThreads) {
+    A x[kAtOnce];
+    BSSN_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = first + j * kThreads < total ? first + j * kThreads : first;
+      int row = i, part = 0, c = 0, r;
+      if (each > 1) {
+        row = i / each;
+        const int rest = i - row * each;
+        part = rest / layout.classes, c = rest - part * layout.classes;
+      }
+      const int q = divider.divide(place.col0 + (chunk0 + part) * place.step, r);
+      x[j] = number(place.row0 + row0 + row, q, r + c);
+    }
+    BSSN_UNROLL
+    for (int j = 0; j < kAtOnce; ++j)
+      if (first + j * kThreads < total) staged[first + j * kThreads] = factor * x[j];
   }
+}
+
+// The same from the vector that a product reads.
+template <class A>
+BSSN_DEVICE void stage_source(const SlabLayout& layout, const Place& place, int row0, int rows, int chunk0, int chunks,
+                              A* staged, const SourceVector<A>& source) {
+  auto place_of = [&](int64_t p, int q, int r) { return p * source.p + q * source.q + r * source.r; };
+  if (source.own())
+    stage_slab<4>(layout, place, row0, rows, chunk0, chunks, staged, source.scale,
+               [&](int64_t p, int q, int r) { return source.template at<true>(place_of(p, q, r)); });
+  else
+    stage_slab<4>(layout, place, row0, rows, chunk0, chunks, staged, source.scale,
+               [&](int64_t p, int q, int r) { return source.template at<false>(place_of(p, q, r)); });
 }
 
 }  // namespace cuda

@@ -14,7 +14,8 @@
 #define BSSN_DEVICE inline
 #define BSSN_DEVICE_CALL
 #define BSSN_UNROLL
-#define BSSN_UNROLL_BY_2
+#define BSSN_UNROLL_BY_4
+#define BSSN_UNROLL_BY_8
 
 namespace bssn {
 namespace cuda {
@@ -90,6 +91,9 @@ template <>
 inline bf16 narrow<bf16>(double x) { return narrow<bf16>(float(x)); }
 template <>
 inline f16 narrow<f16>(double x) { return f16(float(x)); }
+
+template <class A>
+A multiply(A a, A b) { return a * b; }
 
 inline int add_relaxed(int* counter, int n) {
   model::event();
