@@ -102,7 +102,10 @@ stage_tests() {
   # For this device alone, which takes a minute, and with the lines that the sanitizer names.
   run tests build env BSSN_CPU=1 BSSN_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability" NVCC_APPEND_FLAGS=-lineinfo \
     python3 -m pip install --no-build-isolation --no-deps -e .
-  run tests "pytest -m device" env BSSN_STRICT=1 python3 -m pytest -q -x -m device
+  # Most of the time is Triton's for compiling, which many workers do side by side.
+  local workers=()
+  [ -n "$(missing_packages xdist)" ] || workers=(-n auto)
+  run tests "pytest -m device" env BSSN_STRICT=1 python3 -m pytest -q -x "${workers[@]}" -m device
   run tests "pytest tests/test_gpu.py" env BSSN_STRICT=1 python3 -m pytest -q tests/test_gpu.py
 }
 
