@@ -4,8 +4,9 @@ Programs draw tiles in order, so a tile that waits holds its program up. The ord
 plays the launch with PROGRAMS programs and rough times, and each time that one is free issues a tile whose wait is over
 by then. First come second products, while what the first ones read is still in L2, then first products; scale passes,
 which wait for their whole layer, are spread among the products of the layers after it, so that there is always
-something to do while sums are on their way. Layers are begun, the largest first, as long as what is begun and not yet
-scaled stays within BUDGET, which L2 holds, and beyond that rather than wait. None of it changes a bit of the results.
+something to do while sums are on their way. Layers are begun, small ones and then the largest first, as long as what is
+begun and not yet scaled stays within BUDGET, which L2 holds, and beyond that rather than wait. None of it changes a bit
+of the results.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Step:
     Attributes:
         after: the steps whose tiles they wait for; none if they wait for nothing of their layer.
         product: not a scale pass, which gives way to products.
-        streams: how many numbers are read or written for each of ``nbytes``.
+        streams: arrays of ``nbytes`` that are read; what is written nobody waits for.
         end: when the last of the tiles is done, in the played launch.
     """
 
