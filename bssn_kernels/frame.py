@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from bssn_kernels import functional
+from bssn_kernels import functional, ops
 from bssn_kernels.plan import GroupPlan
 
 
@@ -106,6 +106,9 @@ class Run:
         """Write the new vectors into the layers' buffers."""
         old, stored = self.vectors, self.stored
         if not old or (stored is not None and not stored):
+            return
+        if self.saved is not None and stored is None:
+            ops.store(old, self.saved, self.plan)
             return
         new = self.new if self.saved is None else self.plan.vectors_of(self.saved)
         if stored is not None:

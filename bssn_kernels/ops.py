@@ -73,6 +73,14 @@ def normalize_backward(grads, weights, saved, tables, layers, backend):
     return _normalize_backward(grads, weights, saved, tables, layers, backend)
 
 
+def store(vectors: Sequence[Tensor], saved: Tensor, plan: GroupPlan) -> None:
+    """Write the new vectors of a group, all of them, into the stored ones. No op, and nothing to differentiate."""
+    by_backend = getattr(plan.backend, "store", None)
+    if by_backend is None or plan.stateless or _watched(vectors) or not by_backend(vectors, saved, plan.tables):
+        with torch.no_grad():
+            torch._foreach_copy_(vectors, plan.vectors_of(saved))
+
+
 PLAIN = {Tensor, torch.nn.Parameter}  # types without a meaning of their own
 
 

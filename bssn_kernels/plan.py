@@ -219,6 +219,7 @@ class GroupPlan:
         tables: the layer table, then what the backend adds.
         sizes: elements of each stored vector, flat.
         gains: number of learnable gains.
+        stateless: indices of the layers that keep no vectors.
     """
 
     def __init__(self, specs: Sequence[LayerSpec], backend, why: Sequence[str] = ()) -> None:
@@ -233,7 +234,7 @@ class GroupPlan:
         self.dtype, self.device = self.specs[0].dtype, self.specs[0].device
         self.accumulation_dtype = accumulation_dtype(self.dtype)
         self._identity = [(spec.shape, spec.stride) for spec in self.specs]
-        self._stateless = [i for i, spec in enumerate(self.specs) if not spec.stores_vectors]
+        self.stateless = [i for i, spec in enumerate(self.specs) if not spec.stores_vectors]
         self._ones = {self.accumulation_dtype: self._make_ones(self.accumulation_dtype)}
 
     def matches(self, weights: Sequence[Tensor]) -> bool:
@@ -246,7 +247,7 @@ class GroupPlan:
 
     def op_vectors(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The op's vectors: the stored ones, and ones for layers that keep none."""
-        if not self._stateless:
+        if not self.stateless:
             return list(vectors)
         dtype = vectors[0].dtype if vectors else self.accumulation_dtype
         given, ones, result = iter(vectors), iter(self._ones_of(dtype)), []
@@ -269,20 +270,20 @@ class GroupPlan:
         return ones
 
     def _make_ones(self, dtype: torch.dtype) -> list[Tensor]:
-        sizes = [self.specs[i].shape[0] + 1 for i in self._stateless]
+        sizes = [self.specs[i].shape[0] + 1 for i in self.stateless]
         return [torch.ones(n, dtype=dtype, device=self.device) for n in sizes]
 
     def op_iterations(self, iterations: Sequence[int]) -> list[int]:
         """Iterations per layer; layers that keep no vectors always take their one exact step."""
         result = list(iterations)
-        for i in self._stateless:
+        for i in self.stateless:
             result[i] = 1
         return result
 
     def vectors_of(self, saved: Tensor) -> list[Tensor]:
         """The new vectors, in the order and shapes in which they are stored (views of `saved`)."""
         vectors = self.layout.vectors(saved)
-        if not self._stateless:
+        if not self.stateless:
             return vectors
         first = self.layout.first_vector
         return [

@@ -1,13 +1,16 @@
 """The CPU backend's surroundings: instruction set, threads, a forked child."""
 
+import copy
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from nets import LAYERS, images, native
 from zoo import Case, build, on_threads
 
+import bssn_kernels
 from bssn_kernels import functional
 from bssn_kernels.backends import cpu
 
@@ -56,6 +59,30 @@ def test_threads_are_torchs(recorder, count):
         prepare()()
     calls = {name: args[-1] for name, args in recorder.calls if name in ("forward", "backward")}
     assert calls == {"forward": count, "backward": count}
+
+
+def strided(vector: torch.Tensor) -> torch.Tensor:
+    return torch.stack([vector, vector], dim=1)[:, 0]
+
+
+@pytest.mark.parametrize("change", [torch.clone, torch.Tensor.double, strided], ids=["plain", "double", "strided"])
+def test_store(recorder, change):
+    """One call stores all vectors; where they are not as the kernels have them, torch does. Autograd is told."""
+    model = native("parametrization", torch.float32)
+    other, x = copy.deepcopy(model), images(dtype=torch.float32)
+    bssn_kernels.fuse(model, backend="cpu")
+    norms = [model[int(name)].parametrizations.weight[0] for name in LAYERS]
+    for norm in norms:
+        norm._u, norm._v = change(norm._u), change(norm._v)
+    vectors = [v for norm in norms for v in (norm._u, norm._v)]
+    before = [v._version for v in vectors]
+    for net in (model, other):
+        net(x)
+    assert sum(name == "store" for name, _ in recorder.calls) == (change is torch.clone)
+    assert all(v._version > version for v, version in zip(vectors, before))
+    natives = [other[int(name)].parametrizations.weight[0] for name in LAYERS]
+    for vector, expected in zip(vectors, (v for norm in natives for v in (norm._u, norm._v))):
+        torch.testing.assert_close(vector, expected, check_dtype=False)
 
 
 def test_plain_is_everywhere_and_the_best_is_the_default(monkeypatch):

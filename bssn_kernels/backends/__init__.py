@@ -18,7 +18,10 @@ from bssn_kernels.plan import LayerSpec
 
 
 class Backend(Protocol):
-    """What every backend offers; ``normalize`` and ``normalize_backward`` have the meaning of the ops."""
+    """What every backend offers; ``normalize`` and ``normalize_backward`` have the meaning of the ops.
+
+    One may have a ``store`` too, a shorter way to do what :func:`ops.store` does.
+    """
 
     name: str
     devices: tuple[str, ...] | None  # types of device for which it is chosen without being named; None: any

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -90,6 +91,20 @@ void backward(size_t isa, uintptr_t rows, const std::vector<int64_t>& indices, A
   chosen.backward(call);
 }
 
+// The vectors that a forward left in `saved`, layer by layer, to where they are stored.
+void store(uintptr_t rows, uintptr_t saved, size_t itemsize, const Addresses& stored) {
+  const LayerRow* row = reinterpret_cast<const LayerRow*>(rows);
+  const char* from = reinterpret_cast<const char*>(saved);
+  for (size_t i = 0; i < stored.size(); ++row) {
+    for (int d = 0; d < row->directions; ++d) {
+      for (const int64_t n : {row->direction[d].rows, row->direction[d].cols}) {
+        std::memcpy(reinterpret_cast<void*>(stored.at(i++)), from, size_t(n) * itemsize);
+        from += size_t(n) * itemsize;
+      }
+    }
+  }
+}
+
 // Asks for huge pages under fresh memory: first touching it costs more than all arithmetic.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -136,6 +151,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "Fused spectral normalization on the CPU; import torch first, whose OpenMP runtime it uses.";
   m.def("forward", &bssn::forward, "The instruction set is an index into isas().");
   m.def("backward", &bssn::backward);
+  m.def("store", &bssn::store, "Of a group in which every layer stores its vectors.");
   m.def("advise_huge_pages", &bssn::advise_huge_pages);
   m.def("isas", &bssn::isa_names, "Instruction sets this build has and this processor knows, the best first.");
   m.def("fields", &bssn::field_names, "Columns of the layer table.");

@@ -1,8 +1,10 @@
 // Forward: power iteration, sigmas, multiplier and W_bar of all layers of a group.
 //
 // Reads and writes of a layer: one reading per iteration for the products (two where its directions cannot share one,
-// see Pass), one reading for the scale, one writing. Nothing is normalized between the two products of an iteration:
-// the second is made from the first as it is, and norms are applied to vectors afterwards.
+// see Pass), one reading for the scale, one writing. The scale goes over the tiles of the products, each by the thread
+// that read it and the last one first, and finds in that thread's cache what is still there. Nothing is normalized
+// between the two products of an iteration: the second is made from the first as it is, and norms are applied to
+// vectors afterwards.
 
 #include <numeric>
 
@@ -16,7 +18,11 @@ namespace bssn {
 namespace BSSN_ISA {
 namespace {
 
-constexpr int64_t kScaleTile = 1 << 17;  // elements: 512 KB of float
+// In elements.
+constexpr int64_t kScaleTile = 1 << 17;    // of the scale, where it has tiles of its own
+constexpr int64_t kLongestTile = 1 << 20;  // of the products; no cache holds a longer one until the scale
+constexpr int64_t kBlock = 1 << 13;        // the scale goes backwards in blocks of this
+constexpr int64_t kAhead = 1 << 11;        // fetched ahead of a streaming write; 512 to 4,096 were alike
 
 // One reading of a layer: in rows or in columns, which products of which direction, in which iteration.
 struct Pass {
@@ -75,10 +81,11 @@ class Forward {
     Schedule schedule(layers_);
     for (int64_t k = 0; k < layers_; ++k) {
       const int64_t l = order_[k];
+      const State<A>& s = states_[l];
       schedule.add_stage(k, 1);
-      for (const Pass& pass : states_[l].passes)
-        schedule.add_stage(k, pass.columns ? states_[l].tiling.col_tiles : states_[l].tiling.row_tiles);
-      schedule.add_stage(k, ceil_div(elements(l), kScaleTile));
+      for (const Pass& pass : s.passes)
+        schedule.add_stage(k, pass.columns ? s.tiling.col_tiles : s.tiling.row_tiles, &pass != &s.passes.front());
+      schedule.add_stage(k, ceil_div(elements(l), scale_tile(l)), scales_rows(l));
     }
     schedule.run(
         threads_, [&](int64_t k, int stage, int64_t tile, int thread) { tile_of(order_[k], stage, tile, thread); },
@@ -340,23 +347,39 @@ class Forward {
     direction.each_slab([&](int64_t i, int64_t j) { to_slab[i] = A(slab[j] * slab_scale); });
   }
 
+  int64_t row_tile_elements(int64_t l) const { return states_[l].tiling.rows_per_tile * states_[l].direction[0].L; }
+
+  // Whether the scale goes over the tiles of the products again: where these are of whole rows, and not too long.
+  bool scales_rows(int64_t l) const { return !states_[l].passes.back().columns && row_tile_elements(l) <= kLongestTile; }
+
+  int64_t scale_tile(int64_t l) const { return scales_rows(l) ? row_tile_elements(l) : kScaleTile; }
+
   void scale(int64_t l, int64_t tile) {
-    const int64_t begin = tile * kScaleTile, n = std::min(kScaleTile, elements(l) - begin);
-    const A m = states_[l].multiplier;
+    const int64_t begin = tile * scale_tile(l), end = std::min(begin + scale_tile(l), elements(l));
     with_dtype(call_.out_dtype, [&](auto type) {
       using O = typename decltype(type)::type;
-      const T* w = weight(l) + begin;
-      O* out = static_cast<O*>(call_.outs[l]) + begin;
-      int64_t i = 0;
-      if constexpr (std::is_same<A, O>::value) {
-        if (streaming_ && aligned(out)) {
-          for (; i + kLanes<A> <= n; i += kLanes<A>) stream(out + i, load<A>(w + i) * m);
-          stream_fence();
+      for (int64_t to = end; to > begin; to -= kBlock) {
+        const int64_t from = std::max(begin, to - kBlock);
+        scale_block(weight(l) + from, to - from, states_[l].multiplier, static_cast<O*>(call_.outs[l]) + from);
+      }
+    });
+    if (streaming_) stream_fence();
+  }
+
+  template <class O>
+  void scale_block(const T* w, int64_t n, A m, O* out) const {
+    int64_t i = 0;
+    if constexpr (std::is_same<A, O>::value) {
+      if (streaming_) {
+        for (; i < n && !aligned(out + i); ++i) store_one(out + i, load_one<A>(w + i) * m);
+        for (; i + kLanes<A> <= n; i += kLanes<A>) {
+          prefetch<kLanes<A>>(w + i + kAhead);
+          stream(out + i, load<A>(w + i) * m);
         }
       }
-      for (; i + kLanes<A> <= n; i += kLanes<A>) store(out + i, load<A>(w + i) * m);
-      for (; i < n; ++i) store_one(out + i, load_one<A>(w + i) * m);
-    });
+    }
+    for (; i + kLanes<A> <= n; i += kLanes<A>) store(out + i, load<A>(w + i) * m);
+    for (; i < n; ++i) store_one(out + i, load_one<A>(w + i) * m);
   }
 
   const ForwardCall& call_;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <atomic>
-#include <memory>
+#include <mutex>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -18,35 +18,32 @@ extern "C" int omp_get_thread_num();
 namespace bssn {
 namespace BSSN_ISA {
 
-// Tickets are drawn in the order of one list. A stage waits only for the stage before it of the same layer, whose
-// tickets are all earlier in the list, and a thread finishes the tile it holds before it draws again: so whatever the
-// number of threads, the smallest unfinished ticket is always being worked on.
+// A free thread takes a tile of the first layer that has one ready, so that a layer's second reading follows its first
+// at once, and goes on to the next layer only while others still hold tiles that the stage waits for. Where a stage
+// reads what the one before it read, a thread takes its own tiles again, the last one first: what its cache still
+// holds. A thread holds one tile at a time and waits only where every tile that is left waits for one that is held,
+// so whatever the number of threads, somebody works.
 class Schedule {
  public:
   explicit Schedule(int64_t layers) : layers_(layers) {}
 
   // The next stage of a layer; layers are added largest first, so that the small ones fill the gaps at the end.
-  void add_stage(int64_t layer, int64_t tiles) {
-    if (int64_t(tiles_.size()) <= layer) tiles_.resize(layer + 1);
-    tiles_[layer].push_back(tiles);
+  // again: tile t reads what tile t of the stage before read.
+  void add_stage(int64_t layer, int64_t tiles, bool again = false) {
+    layers_[layer].stages.push_back({tiles, again});
+    unclaimed_ += tiles;
   }
 
   // run(layer, stage, tile, thread) for every tile; finish(layer, stage, thread) once, after the last tile of a stage.
   template <class Run, class Finish>
   void run(int threads, const Run& run, const Finish& finish) {
-    build();
-    const int64_t n = int64_t(tickets_.size());
-    std::atomic<int64_t> next{0};
+    for (Layer& layer : layers_) layer.begin_stage();
     auto work = [&](int thread) {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-        const Ticket& t = tickets_[i];
-        State& state = states_[t.layer];
-        for (int spins = 0; state.ready.load(std::memory_order_acquire) < t.stage;) pause(++spins);
+      for (Tile t; draw(thread, t);) {
         run(t.layer, t.stage, t.tile, thread);
-        if (state.left[t.stage].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-          finish(t.layer, t.stage, thread);
-          state.ready.store(t.stage + 1, std::memory_order_release);
-        }
+        if (!is_last(t)) continue;
+        finish(t.layer, t.stage, thread);
+        advance(t.layer);
       }
     };
     if (threads == 1) {  // no OpenMP call at all: in a forked child its pool is gone
@@ -58,35 +55,84 @@ class Schedule {
   }
 
  private:
-  struct Ticket {
-    int32_t layer, stage;
+  struct Stage {
+    int64_t tiles;
+    bool again;
+  };
+  struct Tile {
+    int64_t layer;
+    int stage;
     int64_t tile;
   };
-  struct State {
-    std::atomic<int> ready{0};
-    std::unique_ptr<std::atomic<int64_t>[]> left;
+  struct Claim {
+    int64_t tile;
+    int thread;
+  };
+  struct Layer {
+    std::vector<Stage> stages;
+    int stage = 0;
+    int64_t unclaimed = 0, unfinished = 0;
+    std::vector<Claim> claims, before;  // of this stage, and what is left of the last one's where this reads it again
+
+    void begin_stage() {
+      unclaimed = unfinished = stages[stage].tiles;
+      before.clear();
+      if (stages[stage].again) before.swap(claims);
+      claims.clear();
+    }
+
+    int64_t claim(int thread) {
+      int64_t tile = stages[stage].tiles - unclaimed--;
+      if (!before.empty()) {
+        auto it = before.end();
+        while (it != before.begin() && (it - 1)->thread != thread) --it;
+        it = it == before.begin() ? it : it - 1;  // another's oldest, which no cache holds any more
+        tile = it->tile;
+        before.erase(it);
+      }
+      const bool remember = stage + 1 < int(stages.size()) && stages[stage + 1].again;
+      if (remember) claims.push_back({tile, thread});
+      return tile;
+    }
   };
 
-  // Stage s of layer l comes after stage s - 1 of layer l + 1: while one layer's last tiles finish, the next one's
-  // first are at work, and a layer's second reading still follows its first closely enough to find it in cache.
-  void build() {
-    states_ = std::vector<State>(layers_);
-    int64_t waves = 0, most = 0;
-    for (int64_t l = 0; l < layers_; ++l) {
-      const int64_t stages = int64_t(tiles_[l].size());
-      states_[l].left.reset(new std::atomic<int64_t>[stages]);
-      for (int64_t s = 0; s < stages; ++s) states_[l].left[s] = tiles_[l][s];
-      waves = waves > l + stages ? waves : l + stages;
-      most = most > stages ? most : stages;
+  // False when nothing is left to begin.
+  bool draw(int thread, Tile& t) {
+    for (int spins = 0;; pause(++spins)) {
+      const int64_t seen = advances_.load(std::memory_order_acquire);
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (unclaimed_ == 0) return false;
+        for (int64_t l = first_; l < int64_t(layers_.size()); ++l) {
+          Layer& layer = layers_[l];
+          if (layer.unclaimed == 0) {
+            if (l == first_ && layer.stage + 1 == int(layer.stages.size())) ++first_;
+            continue;
+          }
+          --unclaimed_;
+          t = {l, layer.stage, layer.claim(thread)};
+          return true;
+        }
+      }
+      while (advances_.load(std::memory_order_acquire) == seen) pause(++spins);
     }
-    for (int64_t wave = 0; wave < waves; ++wave) {
-      for (int64_t l = wave < layers_ ? wave : layers_ - 1; l >= 0; --l) {
-        const int64_t s = wave - l;
-        if (s >= most) break;
-        if (s >= int64_t(tiles_[l].size())) continue;
-        for (int64_t t = 0; t < tiles_[l][s]; ++t) tickets_.push_back({int32_t(l), int32_t(s), t});
+  }
+
+  bool is_last(const Tile& t) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return --layers_[t.layer].unfinished == 0;
+  }
+
+  void advance(int64_t l) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      Layer& layer = layers_[l];
+      if (layer.stage + 1 < int(layer.stages.size())) {
+        ++layer.stage;
+        layer.begin_stage();
       }
     }
+    advances_.fetch_add(1, std::memory_order_release);
   }
 
   static void pause(int spins) {
@@ -99,10 +145,10 @@ class Schedule {
     }
   }
 
-  int64_t layers_;
-  std::vector<std::vector<int64_t>> tiles_;
-  std::vector<State> states_;
-  std::vector<Ticket> tickets_;
+  std::vector<Layer> layers_;
+  int64_t first_ = 0, unclaimed_ = 0;
+  std::atomic<int64_t> advances_{0};
+  std::mutex mutex_;
 };
 
 }  // namespace BSSN_ISA
