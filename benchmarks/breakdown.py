@@ -1,4 +1,4 @@
-"""Where the time of a small set goes: the kernel, the memory, autograd, and the Python around them.
+"""Where the time of a set goes: the kernel, the memory, autograd, and the Python around them.
 
 Every part is timed exclusively, by a stopwatch around its functions, which adds about 0.3 us each time that it is hit;
 the whole is timed without it as well.
@@ -24,7 +24,7 @@ from bssn_kernels.bench.providers import fused, tasks_of
 from bssn_kernels.bench.report import aligned
 from bssn_kernels.bench.task import no_collection
 
-WORKLOADS = ("sngan32", "paper_cnn", "dcgan_g", "stylegan_t")
+WORKLOADS = ("sngan32", "paper_cnn", "dcgan_g", "stylegan_t", "vit_b")
 REST = "hooks, frame, reads"
 
 

@@ -8,7 +8,7 @@
     python -m benchmarks.run --compare HEAD~3 HEAD --workload sngan32
 
 Parts: "tables" (forward and backward of whole sets of weights), "scaling" (against layers, bytes, iterations, threads),
-"steps" (whole steps of discriminators), "breakdown" (where the time of our small sets goes, on a CPU). What a provider
+"steps" (whole steps of discriminators), "breakdown" (where the time of ours goes, on a CPU). What a provider
 computes is compared with float64 before it is timed. The exit code is 1 if a provider or a case failed; missed targets
 are results, not failures, and who cannot run here says why.
 

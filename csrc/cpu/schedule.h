@@ -41,7 +41,7 @@ class Schedule {
     auto work = [&](int thread) {
       for (Tile t; draw(thread, t);) {
         run(t.layer, t.stage, t.tile, thread);
-        if (!is_last(t)) continue;
+        if (layers_[t.layer].unfinished.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
         finish(t.layer, t.stage, thread);
         advance(t.layer);
       }
@@ -71,11 +71,13 @@ class Schedule {
   struct Layer {
     std::vector<Stage> stages;
     int stage = 0;
-    int64_t unclaimed = 0, unfinished = 0;
+    int64_t unclaimed = 0;
+    std::atomic<int64_t> unfinished{0};
     std::vector<Claim> claims, before;  // of this stage, and what is left of the last one's where this reads it again
 
     void begin_stage() {
-      unclaimed = unfinished = stages[stage].tiles;
+      unclaimed = stages[stage].tiles;
+      unfinished.store(unclaimed, std::memory_order_relaxed);  // nobody holds a tile of this layer
       before.clear();
       if (stages[stage].again) before.swap(claims);
       claims.clear();
@@ -116,11 +118,6 @@ class Schedule {
       }
       while (advances_.load(std::memory_order_acquire) == seen) pause(++spins);
     }
-  }
-
-  bool is_last(const Tile& t) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return --layers_[t.layer].unfinished == 0;
   }
 
   void advance(int64_t l) {
