@@ -24,7 +24,6 @@ from bssn_kernels.bench.providers import fused, tasks_of
 from bssn_kernels.bench.report import aligned
 from bssn_kernels.bench.task import no_collection
 
-WORKLOADS = ("sngan32", "paper_cnn", "dcgan_g", "stylegan_t", "vit_b")
 REST = "hooks, frame, reads"
 
 

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.breakdown import WORKLOADS as BREAKDOWNS
 from benchmarks.breakdown import breakdown_table, measure_breakdown
 from benchmarks.child import Say, apart
 from benchmarks.compare import compare
@@ -114,7 +113,7 @@ def other_parts(args: argparse.Namespace, end: float, write: Callable[[dict], No
     """Curves, whole steps and breakdowns, by the same rules."""
     names = {"scaling": args.curve or CURVES, "steps": args.model or MODELS}
     if args.device == "cpu" and "cpu" in backends.natural("cpu"):
-        names["breakdown"] = args.workload or BREAKDOWNS
+        names["breakdown"] = args.workload or WORKLOADS
     for part, name in [(part, name) for part, of_part in names.items() if part in args.part for name in of_part]:
         kind, work, shown = WORK[part]
         nothing, left = {"kind": kind, "name": name, "rows": []}, end - time.monotonic()
