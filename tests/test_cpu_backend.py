@@ -85,6 +85,16 @@ def test_store(recorder, change):
         torch.testing.assert_close(vector, expected, check_dtype=False)
 
 
+def test_vectors_of_inference_mode_stay_as_they_are():
+    """torch's error, not a silent write."""
+    with torch.inference_mode():
+        model = native("parametrization", torch.float32)
+        bssn_kernels.fuse(model, backend="cpu")
+        model(images(dtype=torch.float32))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        model(images(dtype=torch.float32))
+
+
 def test_plain_is_everywhere_and_the_best_is_the_default(monkeypatch):
     assert cpu.isas()[-1] == "plain" and len(set(cpu.isas())) == len(cpu.isas())
     monkeypatch.delenv("BSSN_CPU_ISA", raising=False)

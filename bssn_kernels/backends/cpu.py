@@ -130,7 +130,7 @@ class CpuBackend:
         Returns:
             False where they cannot simply be copied, and nothing was done.
         """
-        if not saved.__dict__.get("storable"):
+        if not saved.__dict__.get("storable") or (vectors[0].is_inference() and not torch.is_inference_mode_enabled()):
             return False
         _load()[0].store(tables[0].data_ptr(), saved.data_ptr(), saved.element_size(), _addresses(vectors))
         _increment_versions(vectors)
