@@ -43,10 +43,11 @@ def signature(kernel, dtype: str, flags: dict[str, bool]) -> dict:
 
 
 def compile_one(kernel, dtype: str, capability: int, general: bool, more: bool):
-    config = config_of(divmod(capability, 10), general, more, BYTES[dtype])
-    flags = {"GENERAL": general, "MIXED" if kernel is kernels.forward_kernel else "THROUGH": more}
-    shape = {"ROWS": ROWS, "COLS": COLS[BYTES[dtype]], "STAGES": config.stages, "BLOCK": config.block}
-    shape["FLAT_STAGES"] = config.flat_stages
+    forward = kernel is kernels.forward_kernel
+    config = config_of(divmod(capability, 10), forward or more, general, more, BYTES[dtype])
+    flags = {"GENERAL": general, "MIXED" if forward else "THROUGH": more}
+    shape = {"ROWS": ROWS, "COLS": COLS[BYTES[dtype]], "STAGES": config.stages}
+    shape["BLOCK"] = config.step // (1 if forward else 2) // BYTES[dtype]
     types = signature(kernel, dtype, flags)
     aligned = [["tt.divisibility", 16]]
     attributes = {}
@@ -84,6 +85,7 @@ def main(capability: int, folder: Path, dtypes: list[str]) -> None:
                         {
                             "name": name, "kernel": kernel.fn.__name__, "dtype": dtype, "general": general,
                             "more": more, "capability": capability, "bound": config.registers,
+                            "programs": config.programs, "stages": config.stages, "step": config.step,
                             "registers": int(numbers["REG"]), "stack": int(numbers["STACK"]),
                             "shared": compiled.metadata.shared,
                         }

@@ -438,7 +438,7 @@ def test_without_a_gpu(module, capsys):
 class TestExperiments:
     SETTING = groups.Setting(
         torch.device("cpu"), "cpu", samples=2, forwards=20, numel=1000, workloads=("tiny",), headline="tiny",
-        stable=("tiny",), counts=(1, 3), stages=(1, 2, 3), programs=(3, 4), sums=(9, 15), budgets=(40,),
+        stable=("tiny",), counts=(1, 3), stages=(1, 2, 3), programs=(3, 4), sums=(7, 15), shares=(_order.L2_SHARE,),
     )  # fmt: skip
 
     def run(self, tmp_path, *options: str) -> tuple[int, dict[str, dict]]:
@@ -453,7 +453,7 @@ class TestExperiments:
             experiments.main(["nonsense"])
 
     def test_all(self, tmp_path, capsys):
-        before = dict(triton.AMPERE), (_order.SUM_US, _order.BUDGET)
+        before = dict(triton.AMPERE), (_order.SUM_US, _order.L2_SHARE)
         code, found = self.run(tmp_path)
         assert code == 0 and list(found) == list(experiments.EXPERIMENTS)
         counts = {"small": 3, "bandwidth": 4, "whole": 4, "stability": 1, "settings": 12, "schedule": 4, "host": 8}
@@ -461,7 +461,7 @@ class TestExperiments:
         for name in ("settings", "schedule"):
             assert sum(row["usual"] for row in found[name]["rows"]) == 2
             assert all(row["same bits"] and row["forward ms"] > 0 for row in found[name]["rows"])
-        assert before == (dict(triton.AMPERE), (_order.SUM_US, _order.BUDGET))
+        assert before == (dict(triton.AMPERE), (_order.SUM_US, _order.L2_SHARE))
         assert "summary" in capsys.readouterr().out
 
     def test_settings_reach_the_schedule(self):
@@ -469,12 +469,12 @@ class TestExperiments:
         weights = [torch.empty(layer.shape, device="meta") for layer in workloads.WORKLOADS["vit_b"].layers]
         rows = layer_rows(functional.plan_for(weights, backend="reference").tables[0])
 
-        def tiles(sums: float, budget: int) -> list:
-            with patch.multiple(_order, SUM_US=sums, BUDGET=budget << 20):
+        def tiles(sums: float, share: float) -> list:
+            with patch.multiple(_order, SUM_US=sums, L2_SHARE=share):
                 return ForwardSchedule(rows, [1] * len(rows), 4).tiles.tolist()
 
-        usual = tiles(15.0, 40)
-        assert tiles(6.0, 40) != usual and tiles(15.0, 2) != usual and tiles(15.0, 40) == usual
+        usual = tiles(7.0, 2 / 3)
+        assert tiles(15.0, 2 / 3) != usual and tiles(7.0, 0.03) != usual and tiles(7.0, 2 / 3) == usual
 
     def test_other_bits_are_a_failure(self, tmp_path, monkeypatch):
         monkeypatch.setattr(correctness.Watch, "call", lambda self: [torch.randn(3)])

@@ -35,13 +35,13 @@ def drafts() -> list[dict]:
 def interleaved(monkeypatch, resident: int, seed: int) -> None:
     monkeypatch.setenv("BSSN_MODEL_RESIDENT", str(resident))
     monkeypatch.setenv("BSSN_MODEL_SEED", str(seed))
-    cuda._resident.cache_clear()
+    cuda._resident_of.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def as_before():
     yield
-    cuda._resident.cache_clear()
+    cuda._resident_of.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -1,7 +1,7 @@
 """The schedules of the GPU backends, as data: see schedule_model.py."""
 
-import heapq
 import random
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,7 +10,9 @@ import torch
 from schedule_model import Model, products
 from test_random_groups import layer_drafts
 
-from bssn_kernels.backends import _order, _tables
+from bssn_kernels.backends import _tables
+from bssn_kernels.backends._launch import machine_of
+from bssn_kernels.backends._order import Machine
 from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule
 from bssn_kernels.bench.workloads import WORKLOADS
 from bssn_kernels.plan import LayerSpec, Layout, accumulation_dtype, layer_rows, layer_table
@@ -244,41 +246,23 @@ def test_the_order_of_sums_depends_on_the_layer_alone():
     assert sums([2, 0]) == [together[2], together[0]] and [sums([i])[0] for i in range(4)] == together
 
 
-def waiting(schedule, tile_us: float, bytes_per_us: float, sum_us: float) -> float:
-    """Share of the programs' time that they wait, when a launch is played with these times."""
-    blocks = [dict(zip(_tables.BLOCK_FIELDS, block)) for block in schedule.blocks.tolist()]
-    arrived, ends, raised = [0] * len(blocks), [0.0] * len(blocks), {}
-    free, waits, total = [0.0] * _order.PROGRAMS, 0.0, 0.0
-
-    def count(counter: int, when: float) -> int:
-        raised.setdefault(counter, []).append(when)
-        return len(raised[counter])
-
-    for tile in schedule.tiles.tolist():
-        tile = dict(zip(_tables.TILE_FIELDS, tile))
-        drawn = heapq.heappop(free)
-        target = tile["wait_target"]
-        start = max(drawn, sorted(raised[tile["wait"]])[target - 1] if target > 0 else 0.0)
-        columns = max(min(tile["chunks"] * tile["width"], tile["end"] - tile["col0"]), 1)
-        end = start + tile_us + 4 * tile["rows"] * columns / bytes_per_us
-        heapq.heappush(free, end)
-        waits, total = waits + start - drawn, total + end - drawn
-        if (b := tile["block"]) >= 0:
-            arrived[b], ends[b] = arrived[b] + 1, max(ends[b], end)
-            block = blocks[b]
-            if arrived[b] == block["arrivals"] and count(block["then"], ends[b] + sum_us) == block["then_target"]:
-                done = max(raised[block["then"]])
-                count(block["done"], done)
-                if block["batch"] >= 0:
-                    count(block["batch"], done)
-    return waits / total
+def test_the_machine_decides_the_order_alone():
+    """Another device takes the same tiles in another order, with the same sums in the same places of their layer."""
+    rows, _ = rows_of([LayerSpec.of(torch.empty(512, 256, 3, 3, device="meta")) for _ in range(6)])
+    machines = Machine(), Machine(80, 0.28e6, 4 << 20)
+    order = [ForwardSchedule(rows, [1] * 6, 4, lambda _, m=m: m).tiles.tolist() for m in machines]
+    fields = [_tables.TILE_FIELDS.index(name) for name in ("wait", "wait_target")]  # of batches: memory in turn
+    plain = [sorted(tuple(x for i, x in enumerate(tile) if i not in fields) for tile in tiles) for tiles in order]
+    assert order[0] != order[1] and plain[0] == plain[1]
 
 
-@pytest.mark.parametrize("workload", ["biggan128", "vit_b", "paper_resnet"])
-def test_hardly_anybody_waits(workload):
-    """Played with the times that a GPU may take, not just with those that the order was made with."""
-    specs = [LayerSpec.of(torch.empty(layer.shape, device="meta")) for layer in WORKLOADS[workload].layers]
-    rows, _ = rows_of(specs)
-    for schedule in (ForwardSchedule(rows, [1] * len(rows), 4), BackwardSchedule(rows, range(len(rows)), 4)):
-        for tile_us, bytes_per_us, sum_us in ((5.0, 8300.0, 15.0), (4.0, 10_000.0, 10.0), (8.0, 7000.0, 15.0)):
-            assert waiting(schedule, tile_us, bytes_per_us, sum_us) < 0.12
+def test_the_order_is_made_for_the_device(monkeypatch):
+    """What a device tells of itself, and an H200's numbers where it tells nothing."""
+    told = SimpleNamespace(memory_clock_rate=1_593_000, memory_bus_width=5120, L2_cache_size=40 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    machine = machine_of(torch.device("cuda"), 432)
+    assert (machine.programs, machine.l2) == (432, 40 << 20)
+    assert machine.bytes_per_us == pytest.approx(0.9 * 2.039e6, rel=1e-3)  # an A100 80 GB: 2,039 GB/s on paper
+    assert machine_of(torch.device("cpu"), 432) == Machine()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=0))
+    assert machine_of(torch.device("cuda"), 432) == Machine(432)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import MB
 from bssn_kernels import functional
+from bssn_kernels.backends._order import L2_SHARE
 from bssn_kernels.bench.measure import clock_of, interleaved
 from bssn_kernels.bench.session import told
 from bssn_kernels.bench.task import Task
@@ -27,7 +28,7 @@ class Setting:
 
     Attributes:
         samples: of each time. forwards: that must give the same bits. numel: numbers of a stream.
-        counts: of layers. stages, programs, sums, budgets: what is tried, the last two in microseconds and MiB.
+        counts: of layers. stages, programs, sums, shares: what is tried, the last two in microseconds and of L2.
     """
 
     device: torch.device = torch.device("cuda")
@@ -42,7 +43,7 @@ class Setting:
     stages: tuple[int, ...] = (1, 2, 3, 4)
     programs: tuple[int, ...] = (1, 2, 3, 4)
     sums: tuple[int, ...] = (6, 10, 15, 20)
-    budgets: tuple[int, ...] = (24, 40, 64)
+    shares: tuple[float, ...] = (0.4, L2_SHARE, 1.0)
 
     @property
     def cuda(self) -> bool:

@@ -75,15 +75,16 @@ def settings(setting: Setting) -> Rows:
     """Programs per SM and stages of the Triton kernels, on the headline; every other setting as it stands."""
     from bssn_kernels.backends import triton
 
-    for variant, key in (("sn", (False, False)), ("bssn", (True, False))):
+    family = triton.family_of(triton.capability_of(setting.device))
+    for variant, key in (("sn", False), ("bssn", True)):
         group = Group(setting, setting.headline, variant)
         tasks, first = group.tasks() | streams(group.weights), group.forward().saved
-        usual = triton.AMPERE[key]
+        usual = family[key]
         for stages, programs in [(stages, programs) for stages in setting.stages for programs in setting.programs]:
             config = replace(usual, programs=programs, stages=stages)
             row = {"variant": variant, "stages": stages, "programs": programs, "registers": config.registers}
             row["usual"] = config == usual
-            with patch.dict(triton.AMPERE, {key: config}):
+            with patch.dict(family, {key: config}):
                 yield row | attempt(lambda: compared(group, tasks, first))  # noqa: B023
 
 
@@ -94,15 +95,14 @@ def compared(group: Group, tasks: Mapping[str, Task], first: Tensor) -> dict[str
 
 
 def schedule(setting: Setting) -> Rows:
-    """SUM_US and BUDGET of the order of tiles, on the headline with the Triton backend."""
-    usual = _order.SUM_US, _order.BUDGET
+    """SUM_US and L2_SHARE of the order of tiles, on the headline with the Triton backend."""
+    usual = _order.SUM_US, _order.L2_SHARE
     for variant in ("sn", "bssn"):
         group = Group(setting, setting.headline, variant)
         bounds, first = streams(group.weights), group.forward().saved
-        for sums, budget in [(sums, budget) for sums in setting.sums for budget in setting.budgets]:
-            row = {"variant": variant, "SUM us": sums, "BUDGET MiB": budget}
-            row["usual"] = (sums, budget << 20) == usual
-            with patch.multiple(_order, SUM_US=float(sums), BUDGET=budget << 20):
+        for sums, share in [(sums, share) for sums in setting.sums for share in setting.shares]:
+            row = {"variant": variant, "SUM us": sums, "share of L2": share, "usual": (sums, share) == usual}
+            with patch.multiple(_order, SUM_US=float(sums), L2_SHARE=share):
                 group.make_plan()
                 yield row | attempt(lambda: compared(group, group.tasks() | bounds, first))  # noqa: B023
 

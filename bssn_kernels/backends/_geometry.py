@@ -26,7 +26,9 @@ COLS = {8: 128, 4: 256, 2: 256}  # the same, by bytes of a number; a chunk is at
 MOST_CHUNKS = 8  # in an inner tile, whose class sums cost as much as some chunks
 TILES = 64  # that a layer gets, about, within the next bounds
 SMALLEST_TILE, LARGEST_TILE = 4096, 49152  # elements
+FIRST_TILE = 24576  # the same for what is read again by a second product, soon enough to be found in L2
 GROUP_ROWS = 128  # rows of an outer tile: its partial sums are 1 / 128 of the layer
+FIRST_ROWS = 64  # the same where outer products come first, so that their tiles are small
 TALL_ROWS = 512  # the same for layers with short rows; more would add too many numbers in fp32
 GROUP_ELEMENTS = 1 << 21  # of a group of columns: 8 MB of fp32 stay in L2 between two products
 FLAT = 1024  # flat tiles begin at multiples of this
@@ -108,7 +110,7 @@ class Geometry:
             directions begin with their outer product.
         inner: column parts of the inner tiles, by group.
         slots: number of partial slabs, by role.
-        row_blocks: (first row, rows).
+        row_blocks: (first row, rows). update_blocks: the same of dW, which sums nothing.
     """
 
     def __init__(self, row: LayerRow, itemsize: int) -> None:
@@ -182,12 +184,16 @@ class Geometry:
     def _cut(self) -> None:
         elements = min(max(self.numel // TILES, SMALLEST_TILE), LARGEST_TILE)
         self.flat_tile = ceil_div(elements, FLAT) * FLAT
+        first = min(elements, FIRST_TILE)
+        of_outer, of_inner = (first, elements) if self.columns_first else (elements, first)
         wide = min(self.L, self.chunk)
-        most = GROUP_ROWS if self.widest <= self.L else TALL_ROWS
-        T = min(max(elements // max(wide, 1) // ROWS * ROWS, ROWS), most)
+        T = min(max(elements // max(wide, 1) // ROWS * ROWS, ROWS), GROUP_ROWS if self.widest <= self.L else TALL_ROWS)
+        self.update_blocks = _pieces(self.P, T)
+        if self.columns_first and self.widest <= self.L:
+            T = min(T, FIRST_ROWS)
         self.row_blocks = _pieces(self.P, T)
         rows = self.row_blocks[0][1]
-        chunks = max(1, elements // (rows * wide))
+        chunks = max(1, of_outer // (rows * wide))
         blocks = self._run_blocks(chunks) if self.runs else self._interval_blocks(chunks)
         per_group = len(blocks)
         if self.columns_first:
@@ -195,7 +201,7 @@ class Geometry:
             per_group = max(1, min(MOST_CHUNKS // max(blocks[0].outer[0].count, 1), GROUP_ELEMENTS // (self.P * width)))
         self.columns = blocks
         self.groups = [blocks[i : i + per_group] for i in range(0, len(blocks), per_group)]
-        self._cut_inner(elements)
+        self._cut_inner(of_inner)
 
     def _interval_blocks(self, chunks: int) -> list[ColumnBlock]:
         blocks = []

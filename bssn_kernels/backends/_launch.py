@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bssn_kernels.backends._geometry import LONGEST_ROW
+from bssn_kernels.backends._order import Machine
 from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule, Schedule
 from bssn_kernels.backends._tables import ADDRESSES
 from bssn_kernels.plan import FLOATS, LayerSpec, layer_rows
@@ -22,6 +23,7 @@ from bssn_kernels.plan import FLOATS, LayerSpec, layer_rows
 KEPT_LAUNCHES, KEPT_ADDRESSES = 32, 32
 COUNTER_STRIDE = 8  # int32 numbers: counters are 32 bytes apart
 SPARE_COUNTERS = 2
+OF_PEAK = 0.9  # of the bandwidth that a memory's clock and width promise; what an H200 gives
 WARM_UP = "run it once on the same tensors and in the same mode before torch.cuda.graph"
 
 
@@ -65,6 +67,17 @@ class on:
 
 def capturing(stream: torch.cuda.Stream | None) -> bool:
     return stream is not None and torch.cuda.is_current_stream_capturing()
+
+
+def machine_of(device: torch.device, programs: int) -> Machine:
+    """What tiles are put in order for; numbers that a device does not tell are an H200's, as for a model of one."""
+    usual = Machine()
+    if device.type != "cuda":
+        return usual
+    told = torch.cuda.get_device_properties(device)
+    transfers = 2e3 * getattr(told, "memory_clock_rate", 0)  # in a second and bit of width: two for each clock, of kHz
+    bytes_per_us = OF_PEAK * transfers * getattr(told, "memory_bus_width", 0) / 8e6
+    return Machine(programs, bytes_per_us or usual.bytes_per_us, getattr(told, "L2_cache_size", 0) or usual.l2)
 
 
 class Counters:
@@ -177,14 +190,21 @@ class State:
         """A tensor of this type at a multiple of 16 bytes, from which distances are counted."""
         return torch.zeros(64, dtype=dtype, device=device)
 
-    def forward(self, iterations: tuple[int, ...], itemsize: int, device: torch.device) -> Launch:
-        key = "forward", iterations, device
-        layers = range(len(self.rows))
-        return self._launch(key, lambda: ForwardSchedule(self.rows, iterations, itemsize), layers, device)
+    def forward(
+        self, iterations: tuple[int, ...], itemsize: int, device: torch.device, programs: Callable[[Schedule], int]
+    ) -> Launch:
+        def make() -> Schedule:
+            return ForwardSchedule(self.rows, iterations, itemsize, lambda s: machine_of(device, programs(s)))
 
-    def backward(self, layers: tuple[int, ...], itemsize: int, device: torch.device) -> Launch:
-        key = "backward", layers, device
-        return self._launch(key, lambda: BackwardSchedule(self.rows, layers, itemsize), layers, device)
+        return self._launch(("forward", iterations, device), make, range(len(self.rows)), device)
+
+    def backward(
+        self, layers: tuple[int, ...], itemsize: int, device: torch.device, programs: Callable[[Schedule], int]
+    ) -> Launch:
+        def make() -> Schedule:
+            return BackwardSchedule(self.rows, layers, itemsize, lambda s: machine_of(device, programs(s)))
+
+        return self._launch(("backward", layers, device), make, layers, device)
 
     def _described(self, layers: Sequence[int]) -> str:
         """Some layers in words."""

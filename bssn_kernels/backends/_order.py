@@ -1,12 +1,12 @@
 """The order of tiles in a launch, and the memory that partial sums share in turn.
 
 Programs draw tiles in order, so a tile that waits holds its program up. The order is what a list scheduler makes: it
-plays the launch with PROGRAMS programs and rough times, and each time that one is free issues a tile whose wait is over
-by then. First come second products, while what the first ones read is still in L2, then first products; scale passes,
-which wait for their whole layer, are spread among the products of the layers after it, so that there is always
+plays the launch with the programs of a device and rough times, and each time that one is free issues a tile whose wait
+is over by then. First come second products, while what the first ones read is still in L2, then first products; scale
+passes, which wait for their whole layer, are spread among the products of the layers after it, so that there is always
 something to do while sums are on their way. Layers are begun, small ones and then the largest first, as long as what is
-begun and not yet scaled stays within BUDGET, which L2 holds, and beyond that rather than wait. None of it changes a bit
-of the results.
+begun and not yet scaled stays within what L2 holds, and beyond that rather than wait. None of it changes a bit of the
+results.
 """
 
 from __future__ import annotations
@@ -21,17 +21,36 @@ from typing import Protocol
 from bssn_kernels.backends._geometry import Geometry
 from bssn_kernels.backends._tables import BLOCK_FIELDS, TILE_FIELDS, Arena
 
-# What a launch is played with, in microseconds and bytes: about what an H200 does with 132 x 4 programs.
-PROGRAMS = 528
-TILE_US = 5.0  # of a tile, whatever its size
-BYTES_PER_US = 8300.0  # of a program, when all are busy
-SUM_US = 15.0  # from the end of a step's last tile to the first that waits for it; 7 is usual, 20 one in twenty
-PATIENCE_US = 1.0  # a program rather waits so long than begins a layer beyond BUDGET
-BUDGET = 40 << 20  # bytes of weights on their way
+# What a launch is played with, in microseconds; measured on an H200, but for SUM_US: 7 is usual there and 20 one in
+# twenty, while with more than 9 second products come too late for L2 (tests/played.py).
+TILE_US = 3.5  # of a tile, whatever its size
+SUM_US = 7.0  # from the end of a step's last tile to the first that waits for it
+PATIENCE_US = 1.0  # a program rather waits so long than begins a layer beyond the budget
+L2_SHARE = 2 / 3  # of L2, for weights on their way
 SCALE_SHARE = 2.0  # bytes of products for each byte of scale passes, while there are both
 CREDIT = float(4 << 20)  # by how many bytes one of the two may be ahead
 SMALL = 1 << 20  # bytes of a layer that is begun before all others
 RING = 1 << 20  # numbers of partial sums in a batch of small layers; two batches are alive at once
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a launch is played on; as it stands, an H200 with four programs an SM.
+
+    Attributes:
+        programs: that run at once.
+        bytes_per_us: that all of them read together.
+        l2: bytes of the last cache.
+    """
+
+    programs: int = 528
+    bytes_per_us: float = 4.4e6
+    l2: int = 60 << 20
+
+    @property
+    def budget(self) -> int:
+        """Bytes of weights that may be on their way."""
+        return int(self.l2 * L2_SHARE)
 
 
 @dataclass(eq=False)
@@ -113,11 +132,11 @@ class Begun:
 class Order:
     """Puts the tiles of all layers into one list of tickets, and their partial sums into a ring of two batches."""
 
-    def __init__(self, works: Sequence[Work], owner: Tables) -> None:
-        self.owner, self.tiles = owner, []
+    def __init__(self, works: Sequence[Work], owner: Tables, machine: Machine) -> None:
+        self.owner, self.machine, self.tiles = owner, machine, []
         # Small ones first: they are little work, but their sums take as long, which would be the end of the launch.
         self.layers = deque(sorted(works, key=lambda w: (w.nbytes > SMALL, -w.nbytes)))
-        self.free = [0.0] * PROGRAMS  # when each program is, as a heap
+        self.free = [0.0] * machine.programs  # when each program is, as a heap
         self.coming: list[tuple[float, int, Begun]] = []  # steps that wait for sums, by when those are there
         self.products: list[tuple[int, int, Begun]] = []
         self.scales: deque[Begun] = deque()
@@ -163,7 +182,8 @@ class Order:
             return False
         if not self._has_room(self.layers[0]):
             return False
-        if sum(self.outstanding.values()) + min(self.layers[0].nbytes, BUDGET) <= BUDGET:
+        budget = self.machine.budget
+        if sum(self.outstanding.values()) + min(self.layers[0].nbytes, budget) <= budget:
             return True
         return not self.scales and not (self.coming and self.coming[0][0] <= now + PATIENCE_US)
 
@@ -184,7 +204,7 @@ class Order:
         self.batch_sizes[-1] += work.region
         work.batch = len(self.batches) - 1
         self.open[-1] += sum(len(step.tiles) for step in work.steps if step.product)
-        self.outstanding[work.k] = min(work.nbytes, BUDGET)
+        self.outstanding[work.k] = min(work.nbytes, self.machine.budget)
         begun = {id(step): Begun(work, step, deque(step.tiles), len(step.after)) for step in work.steps}
         for one in begun.values():
             for before in one.step.after:
@@ -203,7 +223,7 @@ class Order:
         self.tiles.append(tile)
         nbytes = step.nbytes / len(step.tiles)
         start = max(heapq.heappop(self.free), begun.ready)
-        end = start + TILE_US + step.streams * nbytes / BYTES_PER_US
+        end = start + TILE_US + step.streams * nbytes * self.machine.programs / self.machine.bytes_per_us
         heapq.heappush(self.free, end)
         step.end = max(step.end, end)
         if step.product:

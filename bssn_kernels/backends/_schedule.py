@@ -11,14 +11,14 @@ _geometry.py cuts layers into tiles, _order.py puts them in order, _tables.py na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 
 from bssn_kernels.backends._geometry import FLAT, ColumnBlock, Columns, Geometry, Role
-from bssn_kernels.backends._order import Order, Step, Work, from_the_end
+from bssn_kernels.backends._order import Machine, Order, Step, Work, from_the_end
 from bssn_kernels.backends._tables import (
     ADDRESSES,
     BLOCK_FIELDS,
@@ -65,8 +65,14 @@ class Schedule:
         traffic: bytes read and written in each phase, partial sums left out.
     """
 
-    def __init__(self, rows: Sequence[LayerRow], itemsize: int) -> None:
-        self.itemsize = itemsize
+    def __init__(
+        self, rows: Sequence[LayerRow], itemsize: int, machine: Callable[[Schedule], Machine] | None = None
+    ) -> None:
+        """
+        Args:
+            machine: what a schedule's launch runs on, which decides the order of tiles and no bit of the results.
+        """
+        self.itemsize, self.machine = itemsize, machine
         self.geometries = [Geometry(row, itemsize) for row in rows]
         self.general = any(g.general for g in self.geometries)
         self.through = any(row.through for row in rows)
@@ -83,7 +89,7 @@ class Schedule:
         return [role and (role.direction, role.axis == 0) for role in roles]
 
     def _seal(self, works: Sequence[Work], rows: Sequence[LayerRow]) -> None:
-        order = Order(works, self)
+        order = Order(works, self, self.machine(self) if self.machine else Machine())
         blocks = [block for work in works for block in work.blocks]
         self.tiles = table(order.tiles, TILE_FIELDS, torch.int32)
         self.blocks = table(blocks, BLOCK_FIELDS, torch.int32)
@@ -195,8 +201,14 @@ class Schedule:
 class ForwardSchedule(Schedule):
     """Power iterations, sigmas and scale pass of all layers, each with its own number of iterations."""
 
-    def __init__(self, rows: Sequence[LayerRow], iterations: Sequence[int], itemsize: int) -> None:
-        super().__init__(rows, itemsize)
+    def __init__(
+        self,
+        rows: Sequence[LayerRow],
+        iterations: Sequence[int],
+        itemsize: int,
+        machine: Callable[[Schedule], Machine] | None = None,
+    ) -> None:
+        super().__init__(rows, itemsize, machine)
         works = [self._work(k, row, n) for k, (row, n) in enumerate(zip(rows, iterations))]
         self._seal(works, rows)
 
@@ -372,9 +384,15 @@ class ForwardSchedule(Schedule):
 class BackwardSchedule(Schedule):
     """<G, W> and dW of some layers; for those that differentiate through the iteration one more product each."""
 
-    def __init__(self, rows: Sequence[LayerRow], layers: Sequence[int], itemsize: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[LayerRow],
+        layers: Sequence[int],
+        itemsize: int,
+        machine: Callable[[Schedule], Machine] | None = None,
+    ) -> None:
         own = [rows[i] for i in layers]
-        super().__init__(own, itemsize)
+        super().__init__(own, itemsize, machine)
         works = [self._work(k, row) for k, row in enumerate(own)]
         self._seal(works, own)
 
@@ -395,7 +413,7 @@ class BackwardSchedule(Schedule):
         work.first, work.steps = first.tiles, [first]
         update = Step([], geometry.numel * self.itemsize, (first,))
         wait = Wait(finish["done"], 1)
-        for row0, rows in geometry.row_blocks:
+        for row0, rows in geometry.update_blocks:
             for c in geometry.columns:
                 update.tiles += [_tile(UPDATE, k, row0, rows, part, wait, -1, 0, SAVED) for part in c.outer]
         work.steps.append(from_the_end(update))

@@ -4,7 +4,7 @@ Reads and writes of full-size arrays, per layer, by phase (partial sums add 1 % 
 
     forward   INNER    reads W once per iteration, from HBM where it comes first (after OUTER: from L2)
               OUTER    reads W once per iteration, from L2 after INNER of the same rows (first: from HBM)
-              SCALE    reads W (evict-first), writes W_bar (evict-first)
+              SCALE    reads W (evict-first), from L2 where the layer fits; writes W_bar (evict-first)
               without an iteration: one INNER pass; directions of contradicting order: each phase twice
     backward  DOT      reads G and W (W evict-first, G stays for UPDATE)
               INNER, OUTER   only through the iteration: read W once more, just after DOT read it
@@ -112,11 +112,12 @@ def _raise(counter_ptr, i):
 
 @triton.jit
 def _await(counter_ptr, i, target):
-    """Polls with reads: an acquire each time would hold up those who count, and empty L1 for the programs beside."""
-    while tl.load(counter_ptr + i * COUNTER, volatile=True) < target:
-        pass
-    # Counters only grow: it finds no less, and what was published before is there after it.
-    tl.atomic_add(counter_ptr + i * COUNTER, 0, sem="acquire", scope="gpu")
+    """Mostly it is there already. Else polls with reads: an acquire each time would hold up those who count, and empty
+    L1 for the programs beside."""
+    ptr = counter_ptr + i * COUNTER
+    while tl.atomic_add(ptr, 0, sem="acquire", scope="gpu") < target:
+        while tl.load(ptr, volatile=True) < target:
+            pass
 
 
 @triton.jit
@@ -254,11 +255,17 @@ def _inner(
         o_x1 = (o_c // R) * x1q.to(tl.int32) + (o_c % R) * x1r.to(tl.int32)
         scale1 = _scale_of(rp1, source, double_ptr, accum)
 
-    for i_r in range(0, rows, ROWS):
-        m_r = i_r + o_r < rows
+    # One direction: one loop over the chunks of all rows, so that while a block of rows is summed up the next one is on
+    # its way. Two have no registers for that.
+    row_blocks = tl.cdiv(rows, ROWS)
+    for begin in range(0, row_blocks if GENERAL else 1):
+        i, i_r = 0, begin * ROWS
         sums = tl.zeros([ROWS, COLS], dtype=accum)
         sums1 = tl.zeros([ROWS, COLS], dtype=accum)
-        for i in tl.range(0, chunks, num_stages=STAGES):
+        for n in tl.range(0, chunks if GENERAL else row_blocks * chunks, num_stages=STAGES):
+            if GENERAL:
+                i = n
+            m_r = i_r + o_r < rows
             m_c = (o_c < width) & (o_c < left - i * step)
             w = tl.load(
                 w_ptr + i_r * L64 + i * step + (o_r[:, None] * L + o_c[None, :]),
@@ -267,11 +274,21 @@ def _inner(
             x = _load_vector(x_ptr + i * x_step, x_stored + i * x_step, o_x, _only(m_c, on), stored, MIXED)
             sums = tl.fma(w, (x * scale)[None, :], sums)
             if GENERAL:
-                x1 = _load_vector(x1_ptr + i * x1_step, x1_stored + i * x1_step, o_x1, _only(m_c, on1), stored, MIXED)
-                sums1 = tl.fma(w, (x1 * scale1)[None, :], sums1)
-        if on:
-            _store_slab(0, tp, rp, row0, i_r, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, False)
+                if on1:  # a branch keeps these loads, which hit L1, out of the pipeline: it would take registers
+                    x1 = _load_vector(x1_ptr + i * x1_step, x1_stored + i * x1_step, o_x1, m_c, stored, MIXED)
+                    sums1 = tl.fma(w, (x1 * scale1)[None, :], sums1)
+            else:
+                last = i == chunks - 1
+                if last:
+                    _store_slab(0, tp, rp, row0, i_r, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, False)
+                    sums = tl.zeros([ROWS, COLS], dtype=accum)
+                # Not within the branch: what the next loads need must not wait for it.
+                i_r = tl.where(last, i_r + ROWS, i_r)
+                i = tl.where(last, 0, i + 1)
         if GENERAL:
+            m_r = i_r + o_r < rows
+            if on:
+                _store_slab(0, tp, rp, row0, i_r, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, False)
             if on1:
                 _store_slab(1, tp, rp1, row0, i_r, o_r, q0, r0, width, sums1, m_r, o_c, work_ptr, True)
 
@@ -287,9 +304,21 @@ def _store_slab(e, tp, rp, row0, i_r, o_r, q0, r0, width, sums, m_r, o_c, work_p
         if modulus == 0:
             m = m_r[:, None] & (o_c < width)[None, :]
             tl.store(ptr + (i_r + o_r)[:, None] * stride + o_c[None, :], sums, mask=m)
-        for c in range(0, modulus):
-            of_class = tl.sum(tl.where((o_c % modulus == c)[None, :], sums, 0.0), axis=1)
-            tl.store(ptr + (i_r + o_r) * stride + c, of_class, mask=m_r)
+        # A row of COLS numbers belongs to two warps, or to one in half precision. Taken as two rows, it is summed by
+        # shuffles alone, and threads meet once for 16 classes.
+        ROWS: tl.constexpr = sums.shape[0]
+        HALF: tl.constexpr = sums.shape[1] // 2
+        halves = tl.reshape(sums, [2 * ROWS, HALF])
+        o_half, o_16 = tl.arange(0, 2 * ROWS) % 2 * HALF, tl.arange(0, 16)
+        classes = (o_half[:, None] + tl.arange(0, HALF)[None, :]) % tl.maximum(modulus, 1)
+        for first in range(0, modulus, 16):
+            found = tl.zeros([2 * ROWS, 16], dtype=sums.dtype)
+            for c in range(first, tl.minimum(first + 16, modulus)):
+                of_class = tl.sum(tl.where(classes == c, halves, 0.0), axis=1)
+                found = tl.where((first + o_16 == c)[None, :], of_class[:, None], found)
+            whole = tl.sum(tl.reshape(found, [ROWS, 2, 16]), axis=1)
+            m = m_r[:, None] & (first + o_16 < modulus)[None, :]
+            tl.store(ptr + (i_r + o_r)[:, None] * stride + (first + o_16)[None, :], whole, mask=m)
     else:
         tl.store(ptr + (i_r + o_r) * stride, tl.sum(sums, axis=1), mask=m_r)
 
@@ -326,25 +355,39 @@ def _outer(
         o_y1 = (o_c // R) * y1q.to(tl.int32) + (o_c % R) * y1r.to(tl.int32)
         scale1 = _scale_of(rp1, source, double_ptr, accum)
 
-    for i in range(0, chunks):
-        m_c = (o_c < width) & (o_c < left - i * step)
+    # One loop over the rows of all chunks, or one for each chunk, as above.
+    row_blocks = tl.cdiv(rows, ROWS)
+    for begin in range(0, chunks if GENERAL else 1):
+        i, i_r = begin, 0
         sums = tl.zeros([ROWS, COLS], dtype=accum)
         sums1 = tl.zeros([ROWS, COLS], dtype=accum)
-        for i_r in tl.range(0, rows, ROWS, num_stages=STAGES):
+        for n in tl.range(0, row_blocks if GENERAL else row_blocks * chunks, num_stages=STAGES):
+            if GENERAL:
+                i_r = n * ROWS
             m_r = i_r + o_r < rows
+            m_c = (o_c < width) & (o_c < left - i * step)
             m = m_r[:, None] & m_c[None, :]
-            w = tl.load(w_ptr + i_r * L64 + i * step + (o_r[:, None] * L + o_c[None, :]), mask=m, other=0.0).to(accum)
+            o = o_r[:, None] * L + o_c[None, :]
+            w = tl.load(w_ptr + i_r * L64 + i * step + o, mask=m, other=0.0).to(accum)
             at = i * y_step
             y = _load_vector(y_ptr + at, y_stored + at, (i_r + o_r) * y_row, _only(m_r, on), stored, MIXED)
             sums = tl.fma(w, (y * scale)[:, None], sums)
             if GENERAL:
-                if on1:  # a branch keeps these loads, which hit L1, out of the pipeline: it would take registers
+                if on1:
                     at1, o_y = i * y1_step, (i_r + o_r)[:, None] * y1_row + o_y1[None, :]
                     y1 = _load_vector(y1_ptr + at1, y1_stored + at1, o_y, m, stored, MIXED)
                     sums1 = tl.fma(w, y1 * scale1, sums1)
-        if on:
-            _store_spread(0, tp, rp, L64, col0 + i * step + o_c, sums, m_c, work_ptr)
+            else:
+                last = i_r + ROWS >= rows
+                if last:
+                    _store_spread(0, tp, rp, L64, col0 + i * step + o_c, sums, m_c, work_ptr)
+                    sums = tl.zeros([ROWS, COLS], dtype=accum)
+                i = tl.where(last, i + 1, i)
+                i_r = tl.where(last, 0, i_r + ROWS)
         if GENERAL:
+            m_c = (o_c < width) & (o_c < left - i * step)
+            if on:
+                _store_spread(0, tp, rp, L64, col0 + i * step + o_c, sums, m_c, work_ptr)
             if on1:
                 _store_spread(1, tp, rp1, L64, col0 + i * step + o_c, sums1, m_c, work_ptr)
 
@@ -437,12 +480,12 @@ def _total(ptr, n):
 @triton.jit
 def _add_up(part_ptr, out_ptr, n, entry_stride, terms, fold, fold_stride, slot_stride):
     """out[e] = the sum of its terms in a fixed order, in float64; returns the sum of the squares."""
-    o_e, o_t = tl.arange(0, 128), tl.arange(0, 8)
+    o_e, o_t = tl.arange(0, 128), tl.arange(0, 16)
     squares = tl.zeros([128], dtype=tl.float64)
     for i in range(0, n, 128):
         m_e = i + o_e < n
-        sums = tl.zeros([8, 128], dtype=tl.float64)
-        for t in range(0, terms, 8):
+        sums = tl.zeros([16, 128], dtype=tl.float64)
+        for t in range(0, terms, 16):
             slot, f = (t + o_t) // fold, (t + o_t) % fold
             o = (slot.to(tl.int64) * slot_stride + f * fold_stride)[:, None] + ((i + o_e) * entry_stride)[None, :]
             m = (t + o_t < terms)[:, None] & m_e[None, :]
@@ -579,13 +622,18 @@ def _finish(bp, lp, ap, fp, gain_ptr, saved_ptr, double_ptr):
 
 
 @triton.jit
+def _block_of(tp, block_ptr):
+    """The record of a tile's block; of any, where it has none."""
+    return block_ptr + tl.maximum(tl.load(tp + T_BLOCK), 0) * BLOCK_WIDTH
+
+
+@triton.jit
 def _arrive(
-    i_block, block_ptr, lp, ap, fp, vector_ptr, gain_ptr, saved_ptr, grad_gain_ptr, work_ptr, double_ptr, counter_ptr,
-    k, FORWARD: tl.constexpr, PRODUCTS: tl.constexpr,
+    bp, counter, lp, ap, fp, vector_ptr, gain_ptr, saved_ptr, grad_gain_ptr, work_ptr, double_ptr, counter_ptr, k,
+    FORWARD: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """Count a tile; the last one of a block combines it, the last block finishes the iteration."""
-    bp = block_ptr + i_block * BLOCK_WIDTH
-    if _raise(counter_ptr, tl.load(bp + B_COUNTER)) == tl.load(bp + B_ARRIVALS) - 1:
+    if _raise(counter_ptr, counter) == tl.load(bp + B_ARRIVALS) - 1:
         if PRODUCTS:
             for e in range(0, 2):
                 if (tl.load(bp + B_MASK) >> e & 1) != 0:
@@ -654,7 +702,7 @@ def _cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr):
     """W_bar = m W, flat. Both are done with: what L2 should keep is what comes next."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     accum: tl.constexpr = multiplier.dtype
@@ -663,7 +711,7 @@ def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr, STAGES: tl.const
     out_ptr += start
     o = tl.arange(0, BLOCK)
     whole = n // 8 * 8
-    for i in tl.range(0, whole, BLOCK, num_stages=STAGES):
+    for i in tl.range(0, whole, BLOCK, num_stages=1):
         m = i + o < whole
         w = tl.load(w_ptr + i + o, mask=m, other=0.0, eviction_policy="evict_first").to(accum)
         tl.store(out_ptr + i + o, _cast(w * multiplier, dtype), mask=m, eviction_policy="evict_first")
@@ -677,8 +725,8 @@ def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr, STAGES: tl.const
 def forward_kernel(
     tile_ptr, block_ptr, layer_ptr, vectors_ptr, float_ptr, address_ptr, weight_ptr, vector_ptr, gain_ptr, out_ptrs,
     saved_ptr, work_ptr, double_ptr, counter_ptr, n_tiles, n_programs, n_counters,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, FLAT_STAGES: tl.constexpr,
-    GENERAL: tl.constexpr, MIXED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, GENERAL: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
     """Power iterations, sigmas, multipliers, new vectors and W_bar of all layers; see ForwardSchedule."""
     UNIT: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -688,35 +736,36 @@ def forward_kernel(
         kind, k = tl.load(tp + T_KIND), tl.load(tp + T_LAYER)
         lp, fp = layer_ptr + k * LAYER_WIDTH, float_ptr + k * FLOAT_WIDTH
         ap = address_ptr + k * ADDRESS_WIDTH
-        target = tl.load(tp + T_WAIT_TARGET)
+        # What tables say is read before the wait, and so beside it.
+        target, distance, bp = tl.load(tp + T_WAIT_TARGET), tl.load(ap + A_WEIGHT), _block_of(tp, block_ptr)
+        counter = tl.load(bp + B_COUNTER)
         if target > 0:
             _await(counter_ptr, tl.load(tp + T_WAIT), target)
         if kind == VECTORS:
             _write_vectors(tp, vectors_ptr, address_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr)
         else:
-            distance = tl.load(ap + A_WEIGHT)
             if kind == SCALE:
                 multiplier = tl.load(saved_ptr + tl.load(lp + L_SCALARS) + S_MULTIPLIER, cache_modifier=".cg")
                 out_ptr = _select(out_ptrs, k)
                 if distance % UNIT == 0:
-                    _scale(tp, weight_ptr + distance // UNIT * UNIT, out_ptr, multiplier, BLOCK, FLAT_STAGES)
+                    _scale(tp, weight_ptr + distance // UNIT * UNIT, out_ptr, multiplier, BLOCK)
                 else:
-                    _scale(tp, weight_ptr + distance, out_ptr, multiplier, BLOCK, FLAT_STAGES)
+                    _scale(tp, weight_ptr + distance, out_ptr, multiplier, BLOCK // 2)
             else:
                 _product(
                     kind, tp, lp, ap, weight_ptr, distance, vector_ptr, saved_ptr, work_ptr, double_ptr,
                     ROWS, COLS, STAGES, GENERAL, MIXED,
                 )  # fmt: skip
                 _arrive(
-                    tl.load(tp + T_BLOCK), block_ptr, lp, ap, fp, vector_ptr, gain_ptr, saved_ptr, saved_ptr, work_ptr,
-                    double_ptr, counter_ptr, k, True, True,
+                    bp, counter, lp, ap, fp, vector_ptr, gain_ptr, saved_ptr, saved_ptr, work_ptr, double_ptr,
+                    counter_ptr, k, True, True,
                 )  # fmt: skip
         ticket = _draw(counter_ptr)
     _leave(counter_ptr, ticket, n_tiles, n_programs, n_counters)
 
 
 @triton.jit
-def _dot(tp, g_ptr, w_ptr, accum: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def _dot(tp, g_ptr, w_ptr, accum: tl.constexpr, BLOCK: tl.constexpr):
     """<G, W> of a flat tile. G is read again soon, W is not."""
     start, n = tl.load(tp + T_ROW0).to(tl.int64) * FLAT, tl.load(tp + T_ROWS)
     g_ptr += start
@@ -724,7 +773,7 @@ def _dot(tp, g_ptr, w_ptr, accum: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.
     o = tl.arange(0, BLOCK)
     whole = n // 8 * 8
     sums = tl.zeros([BLOCK], dtype=accum)
-    for i in tl.range(0, whole, BLOCK, num_stages=STAGES):
+    for i in tl.range(0, whole, BLOCK, num_stages=1):
         m = i + o < whole
         w = tl.load(w_ptr + i + o, mask=m, other=0.0, eviction_policy="evict_first").to(accum)
         sums = tl.fma(tl.load(g_ptr + i + o, mask=m, other=0.0).to(accum), w, sums)
@@ -823,8 +872,7 @@ def _plus_rank(
 @triton.jit
 def _update(
     place, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, GENERAL: tl.constexpr,
-    THROUGH: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GENERAL: tl.constexpr, THROUGH: tl.constexpr,
 ):  # fmt: skip
     """dW = m G + sum over directions of k (u v^T + start r^T)."""
     accum: tl.constexpr = saved_ptr.dtype.element_ty
@@ -844,7 +892,7 @@ def _update(
         x, x0 = _rank_spread(lp, rp, q, r, R, o_c, m_c, product, scalars_ptr, saved_ptr, work_ptr, THROUGH)
         if GENERAL:
             x1, x10 = _rank_spread(lp, rp1, q, r, R, o_c, m_c, product, scalars_ptr, saved_ptr, work_ptr, THROUGH)
-        for i_r in tl.range(0, rows, ROWS, num_stages=STAGES):
+        for i_r in tl.range(0, rows, ROWS, num_stages=1):
             m_r = i_r + o_r < rows
             m = m_r[:, None] & m_c[None, :]
             o = i_r * L64 + i * step + (o_r[:, None] * L + o_c[None, :])
@@ -896,8 +944,8 @@ def _update_unaligned(
 def backward_kernel(
     tile_ptr, block_ptr, layer_ptr, address_ptr, weight_ptr, grad_ptrs, out_ptrs, saved_ptr, grad_gain_ptr, work_ptr,
     double_ptr, counter_ptr, n_tiles, n_programs, n_counters,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, FLAT_STAGES: tl.constexpr,
-    GENERAL: tl.constexpr, THROUGH: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, GENERAL: tl.constexpr,
+    THROUGH: tl.constexpr,
 ):  # fmt: skip
     """dW and dgain of some layers; see BackwardSchedule."""
     # Through the iteration a block has twice the terms, and with all rows at once would not fit the registers.
@@ -910,17 +958,16 @@ def backward_kernel(
         kind, k = tl.load(tp + T_KIND), tl.load(tp + T_LAYER)
         lp = layer_ptr + k * LAYER_WIDTH
         ap = address_ptr + k * ADDRESS_WIDTH
-        target = tl.load(tp + T_WAIT_TARGET)
+        target, distance = tl.load(tp + T_WAIT_TARGET), tl.load(ap + A_WEIGHT)
         if target > 0:
             _await(counter_ptr, tl.load(tp + T_WAIT), target)
-        distance = tl.load(ap + A_WEIGHT)
         if kind == UPDATE:
             g_ptr, d_ptr = _select(grad_ptrs, k), _select(out_ptrs, k)
             place = _place(tp, lp)
             if tl.load(lp + L_ALIGNED) != 0:
                 _update(
                     place, lp, g_ptr, d_ptr, saved_ptr, work_ptr, double_ptr,
-                    UNIT, AT_ONCE, COLS, 1 if THROUGH else FLAT_STAGES, GENERAL, THROUGH,
+                    UNIT, AT_ONCE, COLS, GENERAL, THROUGH,
                 )  # fmt: skip
             else:
                 _update_unaligned(
@@ -930,17 +977,18 @@ def backward_kernel(
             if kind == DOT:
                 g_ptr = _select(grad_ptrs, k)
                 if distance % UNIT == 0:
-                    product = _dot(tp, g_ptr, weight_ptr + distance // UNIT * UNIT, accum, BLOCK, FLAT_STAGES)
+                    product = _dot(tp, g_ptr, weight_ptr + distance // UNIT * UNIT, accum, BLOCK)
                 else:
-                    product = _dot(tp, g_ptr, weight_ptr + distance, accum, BLOCK, FLAT_STAGES)
+                    product = _dot(tp, g_ptr, weight_ptr + distance, accum, BLOCK // 2)
                 tl.store(double_ptr + tl.load(lp + L_DOTS) + 1 + tl.load(tp + T_SLOT0), product)
             elif THROUGH:
                 _product(
                     kind, tp, lp, ap, weight_ptr, distance, saved_ptr, saved_ptr, work_ptr, double_ptr,
                     ROWS, COLS, STAGES, GENERAL, False,
                 )  # fmt: skip
+            bp = _block_of(tp, block_ptr)
             _arrive(
-                tl.load(tp + T_BLOCK), block_ptr, lp, ap, double_ptr, saved_ptr, saved_ptr, saved_ptr, grad_gain_ptr,
+                bp, tl.load(bp + B_COUNTER), lp, ap, double_ptr, saved_ptr, saved_ptr, saved_ptr, grad_gain_ptr,
                 work_ptr, double_ptr, counter_ptr, k, False, THROUGH,
             )  # fmt: skip
         ticket = _draw(counter_ptr)

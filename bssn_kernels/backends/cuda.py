@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -20,6 +20,7 @@ from bssn_kernels.backends import _tables
 from bssn_kernels.backends._compiled import DTYPE_CODES, build_reason
 from bssn_kernels.backends._geometry import FLAT, MOST_CHUNKS
 from bssn_kernels.backends._launch import COUNTER_STRIDE, Launch, State, alike, counters_of, layer_reason, on
+from bssn_kernels.backends._schedule import Schedule
 from bssn_kernels.plan import SCALARS, LayerSpec, accumulation_dtype
 
 
@@ -65,10 +66,14 @@ def _device_reason(index: int) -> str:
     return f"a device of compute capability {major}.{minor}, for which the build has no code ({missing})"
 
 
+def _resident(forward: bool, dtype: torch.dtype, device: torch.device, schedule: Schedule) -> int:
+    """How many programs of a schedule's kernel run at once on a device."""
+    return _resident_of(forward, DTYPE_CODES[dtype], schedule.general, device.index or 0)
+
+
 @cache
-def _resident(forward: bool, dtype: torch.dtype, general: bool, index: int) -> int:
-    """How many programs of a kernel run at once on a device."""
-    return _load()[0].resident_programs(forward, DTYPE_CODES[dtype], general, index)
+def _resident_of(forward: bool, dtype_code: int, general: bool, index: int) -> int:
+    return _load()[0].resident_programs(forward, dtype_code, general, index)
 
 
 class CudaBackend:
@@ -121,7 +126,7 @@ class CudaBackend:
         state = State.of(tables[0])
         vectors, gains = alike(vectors, accum), alike(gains, accum)
         with on(device) as stream:
-            launch = state.forward(tuple(iterations), dtype.itemsize, device)
+            launch = state.forward(tuple(iterations), dtype.itemsize, device, partial(_resident, True, dtype, device))
             addresses = state.addresses(("forward",), weights, vectors, gains, stream, absolute=True)
             saved = torch.empty(saved_numel, dtype=accum, device=device)
             outs = [torch.empty_like(w, dtype=output_dtype or dtype) for w in weights]
@@ -147,7 +152,7 @@ class CudaBackend:
         state, key = State.of(tables[0]), tuple(layers)
         grads = [g if g.data_ptr() % 16 == 0 else torch.empty_like(g).copy_(g) for g in grads]
         with on(device) as stream:
-            launch = state.backward(key, dtype.itemsize, device)
+            launch = state.backward(key, dtype.itemsize, device, partial(_resident, False, dtype, device))
             addresses = state.addresses(("backward", key), weights, (), (), stream, absolute=True)
             grad_weights = [torch.empty_like(w) for w in weights]
             grad_gains = torch.empty(len(layers), dtype=accum, device=device)
@@ -170,8 +175,7 @@ def _run(
 ) -> None:
     """One launch of all tiles, on the current stream."""
     module, schedule, tables, device = _load()[0], launch.schedule, launch.tables, saved.device
-    index = device.index or 0
-    programs = min(_resident(forward, dtype, schedule.general, index), len(schedule.tiles))
+    programs = min(_resident(forward, dtype, device, schedule), len(schedule.tiles))
     table = torch.empty(len(tensors), dtype=torch.int64, device=device) if len(tensors) > module.TENSORS else None
     names = ("tiles", "blocks", "layers", "vectors", "floats")
     buffers = (saved, *launch.buffers(saved.dtype, device, stream), grad_gains)
@@ -184,7 +188,7 @@ def _run(
             schedule.general,
             [x.data_ptr() for x in tensors],
             0 if table is None else table.data_ptr(),
-            index,
+            device.index or 0,
             stream.cuda_stream if stream else 0,
         )
     except RuntimeError as error:

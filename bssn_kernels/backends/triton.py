@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bssn_kernels.backends._geometry import COLS, ROWS
 from bssn_kernels.backends._launch import Launch, State, alike, counters_of, layer_reason, on
+from bssn_kernels.backends._schedule import Schedule
 from bssn_kernels.plan import LayerSpec, accumulation_dtype
 
 OLDEST = (3, 3)  # the first Triton that takes a tuple of tensors as an argument
@@ -32,36 +33,60 @@ class Config:
 
     Attributes:
         registers: most per thread; programs: per SM, as many as those registers let reside. More would only wait.
-        stages: of the loads of the products, through cp.async.
+        stages: of the loads of the products, through cp.async: all but one of them are on their way, 8 KiB each.
+        step: bytes that the scale pass reads at once, and twice as many as the backward's flat passes do.
         warps: per program. 4 warps read a block of 8 x 256 numbers in four 16-byte accesses per thread.
-        block: numbers per step of the flat passes, 16 a thread. flat_stages: of their loads.
     """
 
     registers: int
     programs: int
     stages: int
+    step: int = 16384
     warps: int = 4
-    block: int = 2048
-    flat_stages: int = 1
 
 
-# By (two directions, something more to do: vectors of another dtype, or the gradient through the iteration). The
-# smallest bound under which Triton 3.9 spills nothing on sm_80, sm_90 and sm_100 (3.6 spills a few numbers per tile,
-# none in a loop), 65,536 registers an SM shared among programs of 128 threads. The third stage costs one direction no
-# register, two directions 8 too many. tests/test_triton_compiled.py checks it. On an H200 blocks of 4,096 numbers and
-# three stages of the flat passes gained nothing or lost a few percent (benchmarks/results/gpu_h200_tuning.jsonl).
-AMPERE = {
-    (False, False): Config(registers=128, programs=4, stages=3),
-    (True, False): Config(registers=168, programs=3, stages=2),
-    (False, True): Config(registers=168, programs=3, stages=2),
-    (True, True): Config(registers=255, programs=2, stages=2),
+# By whether a kernel has products in two directions or in float64. Registers are the smallest bound under which Triton
+# 3.9 spills nothing on sm_80, sm_90 and sm_100 (3.6 spills some), the 65,536 of an SM shared among programs of 128
+# threads. Stages: an SM of an H200 takes 33 KB from HBM in a microsecond and 45 from L2, which is about how long a read
+# is on its way, and about half of the programs stream at once; they have 128 KB on their way, and with two directions,
+# which have no registers for more, 72. Measured there, while HBM gave every read: one direction with three stages and
+# steps of 8 KiB (64 KB) ran at the speed of a copy, and longer steps changed nothing (benchmarks/results/
+# gpu_h200_tuning.jsonl); two directions had 24 KB, and took twice as long as one. tests/test_triton_compiled.py checks
+# registers, memory and bytes.
+HOPPER = {
+    False: Config(registers=128, programs=4, stages=5),
+    True: Config(registers=168, programs=3, stages=4),
 }
-TURING = {key: replace(config, stages=1) for key, config in AMPERE.items()}  # no cp.async
+# Less bandwidth; less shared memory too, 164 KiB of an SM and then 100; no cp.async.
+AMPERE = {False: replace(HOPPER[False], stages=4), True: replace(HOPPER[True], stages=3)}
+ADA = {False: replace(HOPPER[False], stages=3), True: replace(HOPPER[True], stages=3)}
+TURING = {key: replace(config, stages=1) for key, config in HOPPER.items()}
+ADA_DEVICES = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
-def config_of(capability: tuple[int, int], general: bool, more: bool, itemsize: int) -> Config:
-    """Launch settings for a compute capability and a kind of kernel; float64 takes the registers of two directions."""
-    return (AMPERE if capability >= (8, 0) else TURING)[general or itemsize == 8, more]
+def family_of(capability: tuple[int, int]) -> dict[bool, Config]:
+    """The settings of devices of some compute capability."""
+    if capability in ADA_DEVICES:
+        return ADA
+    return HOPPER if capability >= (9, 0) else AMPERE if capability >= (8, 0) else TURING
+
+
+def config_of(capability: tuple[int, int], products: bool, general: bool, more: bool, itemsize: int) -> Config:
+    """Launch settings of a kernel on a device of some compute capability.
+
+    Args:
+        products: it has products: forward, and backward through the iteration.
+        general: it has two directions.
+        more: something else that takes registers: vectors of another dtype, or the gradient through the iteration.
+        itemsize: of the weights. In half precision a stage has half the bytes.
+    """
+    large = products and (general or itemsize == 8)
+    config = family_of(capability)[large]
+    if large and more:
+        config = replace(config, registers=255, programs=2)
+    if itemsize == 2 and config.stages > 1:
+        config = replace(config, stages=config.stages + 1 if large else 2 * config.stages - 1)
+    return config
 
 
 def interpreting() -> bool:
@@ -129,7 +154,7 @@ class TritonBackend:
         if reason := layer_reason(spec, "cpu" if interpreting() else "cuda"):
             return reason
         if spec.device.type == "cuda":
-            capability = torch.cuda.get_device_capability(spec.device)
+            capability = capability_of(spec.device)
             if capability < OLDEST_DEVICE or (spec.dtype == torch.bfloat16 and capability < (8, 0)):
                 return f"is of {spec.dtype} on a device of compute capability {capability}, which is too old"
         return ""
@@ -154,14 +179,14 @@ class TritonBackend:
         state = State.of(tables[0])
         vectors, gains = alike(vectors, accum), alike(gains, accum)
         with on(device) as stream:
-            launch = state.forward(tuple(iterations), dtype.itemsize, device)
+            launch = state.forward(tuple(iterations), dtype.itemsize, device, partial(_resident, True, device))
             addresses = state.addresses(("forward",), weights, vectors, gains, stream)
             saved = torch.empty(saved_numel, dtype=accum, device=device)
             outs = [torch.empty_like(w, dtype=output_dtype or dtype) for w in weights]
             vector_anchor = state.anchor(vectors[0].dtype if vectors else accum, device)
             _run(
+                True,
                 launch,
-                _kernels().forward_kernel,
                 stream,
                 (
                     launch.tables["vectors"], launch.tables["floats"], addresses, state.anchor(dtype, device),
@@ -186,13 +211,13 @@ class TritonBackend:
         state, key = State.of(tables[0]), tuple(layers)
         grads = [g if g.data_ptr() % 16 == 0 else torch.empty_like(g).copy_(g) for g in grads]
         with on(device) as stream:
-            launch = state.backward(key, dtype.itemsize, device)
+            launch = state.backward(key, dtype.itemsize, device, partial(_resident, False, device))
             addresses = state.addresses(("backward", key), weights, (), (), stream)
             grad_weights = [torch.empty_like(w) for w in weights]
             grad_gains = torch.empty(len(layers), dtype=saved.dtype, device=device)
             _run(
+                False,
                 launch,
-                _kernels().backward_kernel,
                 stream,
                 (addresses, state.anchor(dtype, device), _tuple(grads), _tuple(grad_weights), saved, grad_gains),
                 saved.dtype,
@@ -208,15 +233,32 @@ def _tuple(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 @cache
-def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
-    """Number of SMs, compute capability."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, (properties.major, properties.minor)
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Of a device; for the interpreter one that has everything."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _config(forward: bool, device: torch.device, schedule: Schedule, mixed: bool = False) -> Config:
+    """Settings of a schedule's kernel."""
+    through = not forward and schedule.through
+    return config_of(capability_of(device), forward or through, schedule.general, mixed or through, schedule.itemsize)
+
+
+def _resident(forward: bool, device: torch.device, schedule: Schedule, mixed: bool = False) -> int:
+    """How many programs of a schedule's kernel run at once on a device."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return _processors(device) * _config(forward, device, schedule, mixed).programs
 
 
 def _run(
+    forward: bool,
     launch: Launch,
-    kernel: Any,
     stream: torch.cuda.Stream | None,
     arguments: Sequence,
     accum: torch.dtype,
@@ -224,19 +266,18 @@ def _run(
 ) -> None:
     """One launch of all tiles, on the current stream."""
     schedule, tables, device = launch.schedule, launch.tables, launch.tables["tiles"].device
-    kind = flags["GENERAL"], flags.get("MIXED") or flags.get("THROUGH") or False
-    if stream is None:
-        programs, config = INTERPRETED_PROGRAMS, AMPERE[kind]
-    else:
-        processors, capability = _device(device)
-        config = config_of(capability, *kind, schedule.itemsize)
-        programs = min(processors * config.programs, len(schedule.tiles))
+    kernel = _kernels().forward_kernel if forward else _kernels().backward_kernel
+    kind = forward, device, schedule, flags.get("MIXED", False)
+    config, programs = _config(*kind), _resident(*kind)
+    if stream is not None:
+        programs = min(programs, len(schedule.tiles))
     full = (
         *(tables["tiles"], tables["blocks"], tables["layers"], *arguments, *launch.buffers(accum, device, stream)),
         *(len(schedule.tiles), programs, schedule.n_counters),
     )
-    shape = {"ROWS": ROWS, "COLS": COLS[schedule.itemsize], "BLOCK": config.block}
-    settings = {**shape, "STAGES": config.stages, "FLAT_STAGES": config.flat_stages, **flags}
+    block = config.step // (1 if forward else 2) // schedule.itemsize
+    shape = {"ROWS": ROWS, "COLS": COLS[schedule.itemsize], "BLOCK": block}
+    settings = {**shape, "STAGES": config.stages, **flags}
     if stream is not None:
         options = {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": False}
         kernel[(programs,)](*full, **settings, **options)

@@ -7,12 +7,13 @@
 //   SCALE  reads W, evict-first            352 MB
 //          writes W_bar, evict-first       352 MB
 //
-// Measured on an H200: 0.42 ms against the 0.21 ms of a copy. HBM then gives 1,010 MB and takes 330: hardly anything is
-// found in L2, since 528 programs have 70 MB of tiles in hand, and 27 us pass from the first read of a row block to the
-// first that may follow it, in which HBM moves twice what L2 holds. What the order of tiles does is that nobody waits
-// meanwhile; before it did, the same kernel took 0.82 ms. A tile of 110 KB takes 16 us, 6 of which are not streaming: its
-// tables, the vectors into shared memory, and the count at its end. BSSN takes 0.63 ms: its directions contradict each
-// other, so each of its four products is a pass of its own, and every one waits for the whole layer.
+// Measured on an H200, with tiles of 110 KB and second products at least 15 us after the first ones: 0.42 ms against the
+// 0.21 ms of a copy. HBM then gave 1,010 MB and took 330: hardly anything was found in L2, since 528 programs had 70 MB of
+// tiles in hand, and 27 us passed from the first read of a row block to the first that may follow it, in which HBM moves
+// twice what L2 holds. What the order of tiles did is that nobody waited meanwhile; before it did, the same kernel took
+// 0.82 ms. A tile took 16 us, 6 of which are not streaming: its tables, the vectors into shared memory, and the count at
+// its end. BSSN took 0.63 ms. Since then the tiles of first products are a third as large and second products follow them
+// sooner, by a model of the device soon enough for L2 (tests/played.py); that has not been measured.
 #pragma once
 
 #include "../algebra.h"
