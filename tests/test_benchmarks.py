@@ -438,7 +438,7 @@ def test_without_a_gpu(module, capsys):
 class TestExperiments:
     SETTING = groups.Setting(
         torch.device("cpu"), "cpu", samples=2, forwards=20, numel=1000, workloads=("tiny",), headline="tiny",
-        stable=("tiny",), counts=(1, 3), stages=(1, 2, 3), programs=(3, 4), sums=(7, 15), shares=(_order.L2_SHARE,),
+        stable=("tiny",), counts=(1, 3), stages=(2, 3, 4), programs=(3, 4), sums=(7, 15), shares=(_order.L2_SHARE,),
     )  # fmt: skip
 
     def run(self, tmp_path, *options: str) -> tuple[int, dict[str, dict]]:

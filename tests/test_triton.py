@@ -9,7 +9,7 @@ from zoo import Case, build, check, interpreted
 from bssn_kernels import backends, functional
 from bssn_kernels.backends import triton
 from bssn_kernels.plan import LayerSpec
-from bssn_kernels.variants import semantics_names
+from bssn_kernels.variants import Variant, semantics_names
 
 pytestmark = pytest.mark.skipif(not interpreted("triton"), reason="tests of the interpreter: TRITON_INTERPRET=1")
 
@@ -36,6 +36,18 @@ def test_any_number_of_programs_gives_the_same_bits(monkeypatch, dtype):
         assert triton.counters_of._of_stream and not any(c.any() for c in triton.counters_of._of_stream.values())
     assert_same_bits(found[1], found[0])
     assert_same_bits(found[2], found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_unaligned_layers_beside_two_directions(dtype):
+    """A layer of one direction, read number by number, keeps its bits where the kernel is the one for two directions.
+
+    In fp64 a sum along a row shows it here: NumPy adds 128 numbers as halves of them would be, but not 256.
+    """
+    single = draft_of((24, 131), 1, variant=Variant(1.0, 0.0))
+    alone = run([Layer(single, dtype)], "triton")
+    beside = run([Layer(single, dtype), Layer(draft_of((16, 5, 3, 3), 2), dtype)], "triton")
+    assert_same_bits(beside[:1], alone)
 
 
 def test_launches_in_a_row():

@@ -40,8 +40,8 @@ class Setting:
     headline: str = "biggan128"
     stable: tuple[str, ...] = ("sngan32", "paper_resnet")
     counts: tuple[int, ...] = (1, 8, 24, 49, 100, 240, 500)
-    stages: tuple[int, ...] = (1, 2, 3, 4)
-    programs: tuple[int, ...] = (1, 2, 3, 4)
+    stages: tuple[int, ...] = (2, 3, 4, 5, 6)
+    programs: tuple[int, ...] = (2, 3, 4)
     sums: tuple[int, ...] = (6, 10, 15, 20)
     shares: tuple[float, ...] = (0.4, L2_SHARE, 1.0)
 

@@ -1,6 +1,6 @@
 """The Triton kernels: every layer of a group in one launch, forward and backward. The work is data: see _schedule.py.
 
-Reads and writes of full-size arrays, per layer, by phase (partial sums add 1 % or so; Schedule.traffic counts them):
+Reads and writes of full-size arrays, per layer, by phase (partial sums add 1 to 4 %; Schedule.traffic counts the rest):
 
     forward   INNER    reads W once per iteration, from HBM where it comes first (after OUTER: from L2)
               OUTER    reads W once per iteration, from L2 after INNER of the same rows (first: from HBM)
@@ -430,7 +430,10 @@ def _unaligned(
             sums = tl.fma(w, y * scale, sums)
         if inner:
             m_r = a * ROWS + o_r < rows
-            _store_slab(e, tp, rp, row0, a * ROWS, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, GENERAL)
+            if e == 0:  # as in a kernel of one direction: a layer's bits must not depend on the group that it is in
+                _store_slab(e, tp, rp, row0, a * ROWS, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, False)
+            elif GENERAL:
+                _store_slab(e, tp, rp, row0, a * ROWS, o_r, q0, r0, width, sums, m_r, o_c, work_ptr, True)
         else:
             m_c = (o_c < width) & (o_c < left - a * step)
             _store_spread(e, tp, rp, L64, col0 + a * step + o_c, sums, m_c, work_ptr)

@@ -33,7 +33,8 @@ class Config:
 
     Attributes:
         registers: most per thread; programs: per SM, as many as those registers let reside. More would only wait.
-        stages: of the loads of the products, through cp.async: all but one of them are on their way, 8 KiB each.
+        stages: of the loads of the products, through cp.async: all but one of them are on their way, 8 KiB each, 4 in
+            half precision.
         step: bytes that the scale pass reads at once, and twice as many as the backward's flat passes do.
         warps: per program. 4 warps read a block of 8 x 256 numbers in four 16-byte accesses per thread.
     """
@@ -81,7 +82,11 @@ def config_of(capability: tuple[int, int], products: bool, general: bool, more: 
         itemsize: of the weights. In half precision a stage has half the bytes.
     """
     large = products and (general or itemsize == 8)
-    config = family_of(capability)[large]
+    return _adapted(family_of(capability)[large], large, more, itemsize)
+
+
+@cache
+def _adapted(config: Config, large: bool, more: bool, itemsize: int) -> Config:
     if large and more:
         config = replace(config, registers=255, programs=2)
     if itemsize == 2 and config.stages > 1:
@@ -179,7 +184,9 @@ class TritonBackend:
         state = State.of(tables[0])
         vectors, gains = alike(vectors, accum), alike(gains, accum)
         with on(device) as stream:
-            launch = state.forward(tuple(iterations), dtype.itemsize, device, partial(_resident, True, device))
+            mixed = bool(vectors) and vectors[0].dtype != accum
+            programs = partial(_resident, True, device, mixed=mixed)
+            launch = state.forward(tuple(iterations), dtype.itemsize, device, programs)
             addresses = state.addresses(("forward",), weights, vectors, gains, stream)
             saved = torch.empty(saved_numel, dtype=accum, device=device)
             outs = [torch.empty_like(w, dtype=output_dtype or dtype) for w in weights]
@@ -194,7 +201,7 @@ class TritonBackend:
                 ),
                 accum,
                 GENERAL=launch.schedule.general,
-                MIXED=vector_anchor.dtype != accum,
+                MIXED=mixed,
             )  # fmt: skip
         return outs, saved
 
@@ -267,10 +274,9 @@ def _run(
     """One launch of all tiles, on the current stream."""
     schedule, tables, device = launch.schedule, launch.tables, launch.tables["tiles"].device
     kernel = _kernels().forward_kernel if forward else _kernels().backward_kernel
-    kind = forward, device, schedule, flags.get("MIXED", False)
-    config, programs = _config(*kind), _resident(*kind)
+    config, programs = _config(forward, device, schedule, flags.get("MIXED", False)), INTERPRETED_PROGRAMS
     if stream is not None:
-        programs = min(programs, len(schedule.tiles))
+        programs = min(_processors(device) * config.programs, len(schedule.tiles))
     full = (
         *(tables["tiles"], tables["blocks"], tables["layers"], *arguments, *launch.buffers(accum, device, stream)),
         *(len(schedule.tiles), programs, schedule.n_counters),
