@@ -78,10 +78,12 @@ def config_of(capability: tuple[int, int], products: bool, general: bool, more: 
     Args:
         products: it has products: forward, and backward through the iteration.
         general: it has two directions.
-        more: something else that takes registers: vectors of another dtype, or the gradient through the iteration.
+        more: something else that takes registers: vectors of another dtype, or the gradient through the iteration; two
+            directions in float64 take as many.
         itemsize: of the weights. In half precision a stage has half the bytes.
     """
     large = products and (general or itemsize == 8)
+    more = more or (general and itemsize == 8)
     return _adapted(family_of(capability)[large], large, more, itemsize)
 
 
