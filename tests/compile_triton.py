@@ -18,8 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bssn_kernels.backends import _triton_kernels as kernels
-from bssn_kernels.backends._geometry import COLS, ROWS
-from bssn_kernels.backends.triton import config_of
+from bssn_kernels.backends.triton import config_of, settings_of
 
 LAYERS = 16
 ACCUMULATION = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32", "fp16": "fp32"}
@@ -46,8 +45,7 @@ def compile_one(kernel, dtype: str, capability: int, general: bool, more: bool):
     forward = kernel is kernels.forward_kernel
     config = config_of(divmod(capability, 10), forward or more, general, more, BYTES[dtype])
     flags = {"GENERAL": general, "MIXED" if forward else "THROUGH": more}
-    shape = {"ROWS": ROWS, "COLS": COLS[BYTES[dtype]], "STAGES": config.stages}
-    shape["BLOCK"] = config.step // (1 if forward else 2) // BYTES[dtype]
+    constants, options = settings_of(config, forward, BYTES[dtype])
     types = signature(kernel, dtype, flags)
     aligned = [["tt.divisibility", 16]]
     attributes = {}
@@ -56,8 +54,7 @@ def compile_one(kernel, dtype: str, capability: int, general: bool, more: bool):
             attributes |= {(i, j): aligned for j in range(len(kind))}
         elif kind.startswith("*"):
             attributes[(i,)] = aligned
-    source = ASTSource(kernel, types, constexprs={**shape, **flags}, attrs=attributes)
-    options = {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": False}
+    source = ASTSource(kernel, types, constexprs={**constants, **flags}, attrs=attributes)
     return config, triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -13,13 +13,23 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+from schedule_model import records
 
 from bssn_kernels.backends import _tables
+from bssn_kernels.backends._geometry import FLAT
 
 STEP_US = 0.25
 ROWS, COLUMNS = 8, 128  # of a weight, of which L2 remembers when they were read last
 EVICTED_FIRST = 0.3
-NAMES = {_tables.INNER: "inner", _tables.OUTER: "outer", _tables.SCALE: "scale"}
+# By kind of tile: its name, how many arrays it reads and writes, whether the first of them is to stay in L2, for those
+# who read it after. All others are first to be evicted.
+KINDS = {
+    _tables.INNER: ("inner", 1, True),
+    _tables.OUTER: ("outer", 1, True),
+    _tables.SCALE: ("scale", 2, False),
+    _tables.DOT: ("dot", 2, True),
+    _tables.UPDATE: ("update", 2, False),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Played:
 
     Attributes:
         us: how long it took. waited: share of the programs' time in which they waited for a counter.
-        hbm: bytes that HBM moved. hits: by product, or "scale": share of its bytes that were found in L2.
+        hbm: bytes that HBM moved. hits: by kind of tile: share of the bytes of its first array that were found in L2.
     """
 
     us: float
@@ -71,13 +81,10 @@ class Weights:
     def of(self, tile: dict[str, int]) -> tuple[np.ndarray, int]:
         """The blocks of a tile, and its bytes."""
         geometry, read = self.geometries[tile["layer"]], self.read[tile["layer"]]
-        if tile["kind"] == _tables.SCALE:
-            begin, n = tile["row0"] * 1024, tile["rows"]
+        if tile["kind"] in (_tables.SCALE, _tables.DOT):
+            begin, n = tile["row0"] * FLAT, tile["rows"]
             (first, col), (last, end) = divmod(begin, geometry.L), divmod(begin + n - 1, geometry.L)
-            if first // ROWS == last // ROWS and first == last:
-                columns = slice(col // COLUMNS, end // COLUMNS + 1)
-            else:
-                columns = slice(None)
+            columns = slice(col // COLUMNS, end // COLUMNS + 1) if first == last else slice(None)
             return read[first // ROWS : last // ROWS + 1, columns], n * self.itemsize
         wide = min((tile["chunks"] - 1) * tile["step"] + tile["width"], tile["end"] - tile["col0"])
         n = min(tile["chunks"] * tile["width"], tile["end"] - tile["col0"])
@@ -90,7 +97,7 @@ class Sums:
     """Counters, which are raised some time after the last tile of a block arrived."""
 
     def __init__(self, schedule, device: Device, rng: random.Random) -> None:
-        self.blocks = [dict(zip(_tables.BLOCK_FIELDS, block)) for block in schedule.blocks.tolist()]
+        self.blocks = records(schedule.blocks, _tables.BLOCK_FIELDS)
         self.arrived, self.counters = Counter(), Counter()
         self.ends: dict[int, list[float]] = defaultdict(list)
         self.coming: list[tuple[float, int]] = []
@@ -123,9 +130,9 @@ IDLE, BEGINS, WAITS, STREAMS, ENDS, LEFT = range(6)
 
 
 def play(schedule, device: Device, seed: int = 0) -> Played:
-    """A forward launch."""
+    """A launch without products through the iteration."""
     rng, n = random.Random(seed), device.programs
-    tiles = [dict(zip(_tables.TILE_FIELDS, tile)) for tile in schedule.tiles.tolist()]
+    tiles = records(schedule.tiles, _tables.TILE_FIELDS)
     weights, sums = Weights(schedule), Sums(schedule, device, rng)
     state, until, left = np.full(n, IDLE), np.zeros(n), np.zeros(n)
     from_hbm, into_l2 = np.zeros(n), np.zeros(n)  # of each byte that a program streams
@@ -157,11 +164,12 @@ def play(schedule, device: Device, seed: int = 0) -> Played:
             else:
                 blocks, nbytes = weights.of(tile)
                 hits = float((came_in - blocks < device.l2).mean())
-                read[NAMES[tile["kind"]]] += nbytes
-                found[NAMES[tile["kind"]]] += nbytes * hits
-                state[p], left[p], from_hbm[p], into_l2[p] = STREAMS, nbytes, 1 - hits, 1 - hits
-                if tile["kind"] == _tables.SCALE:  # and as much is written
-                    left[p], from_hbm[p], into_l2[p] = 2 * nbytes, 1 - hits / 2, EVICTED_FIRST * (1 - hits / 2)
+                name, arrays, stays = KINDS[tile["kind"]]
+                read[name] += nbytes
+                found[name] += nbytes * hits
+                state[p], left[p], from_hbm[p] = STREAMS, arrays * nbytes, 1 - hits / arrays
+                first = (1 - hits) * (1 if stays else EVICTED_FIRST)
+                into_l2[p] = (first + (arrays - 1) * EVICTED_FIRST) / arrays
         streaming = state == STREAMS
         if streaming.any():
             rate = min(device.each, device.l2_rate / streaming.sum())
@@ -171,7 +179,7 @@ def play(schedule, device: Device, seed: int = 0) -> Played:
             came_in += into_l2[streaming].sum() * rate * STEP_US
             hbm += from_hbm[streaming].sum() * rate * STEP_US
             for p in np.nonzero(streaming & (left <= 0))[0].tolist():
-                if mine[p]["kind"] != _tables.SCALE:
+                if KINDS[mine[p]["kind"]][2]:
                     weights.of(mine[p])[0][...] = came_in
                 state[p], until[p] = ENDS, now + device.after * rng.uniform(0.8, 1.2)
         if (state == LEFT).all():

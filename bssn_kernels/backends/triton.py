@@ -96,6 +96,13 @@ def _adapted(config: Config, large: bool, more: bool, itemsize: int) -> Config:
     return config
 
 
+def settings_of(config: Config, forward: bool, itemsize: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """What a kernel is compiled with: its constants, and the compiler's options."""
+    block = config.step // (1 if forward else 2) // itemsize
+    constants = {"ROWS": ROWS, "COLS": COLS[itemsize], "STAGES": config.stages, "BLOCK": block}
+    return constants, {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": False}
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -202,8 +209,7 @@ class TritonBackend:
                     vector_anchor, state.anchor(gains[0].dtype if gains else accum, device), _tuple(outs), saved,
                 ),
                 accum,
-                GENERAL=launch.schedule.general,
-                MIXED=mixed,
+                mixed,
             )  # fmt: skip
         return outs, saved
 
@@ -230,8 +236,6 @@ class TritonBackend:
                 stream,
                 (addresses, state.anchor(dtype, device), _tuple(grads), _tuple(grad_weights), saved, grad_gains),
                 saved.dtype,
-                GENERAL=launch.schedule.general,
-                THROUGH=launch.schedule.through,
             )
         return grad_weights, grad_gains
 
@@ -260,9 +264,11 @@ def _config(forward: bool, device: torch.device, schedule: Schedule, mixed: bool
 
 def _resident(forward: bool, device: torch.device, schedule: Schedule, mixed: bool = False) -> int:
     """How many programs of a schedule's kernel run at once on a device."""
-    if device.type != "cuda":
-        return INTERPRETED_PROGRAMS
-    return _processors(device) * _config(forward, device, schedule, mixed).programs
+    return _programs(device, _config(forward, device, schedule, mixed))
+
+
+def _programs(device: torch.device, config: Config) -> int:
+    return _processors(device) * config.programs if device.type == "cuda" else INTERPRETED_PROGRAMS
 
 
 def _run(
@@ -271,28 +277,27 @@ def _run(
     stream: torch.cuda.Stream | None,
     arguments: Sequence,
     accum: torch.dtype,
-    **flags: bool,
+    mixed: bool = False,
 ) -> None:
     """One launch of all tiles, on the current stream."""
     schedule, tables, device = launch.schedule, launch.tables, launch.tables["tiles"].device
     kernel = _kernels().forward_kernel if forward else _kernels().backward_kernel
-    config, programs = _config(forward, device, schedule, flags.get("MIXED", False)), INTERPRETED_PROGRAMS
+    config = _config(forward, device, schedule, mixed)
+    programs = _programs(device, config)
     if stream is not None:
-        programs = min(_processors(device) * config.programs, len(schedule.tiles))
+        programs = min(programs, len(schedule.tiles))
     full = (
         *(tables["tiles"], tables["blocks"], tables["layers"], *arguments, *launch.buffers(accum, device, stream)),
         *(len(schedule.tiles), programs, schedule.n_counters),
     )
-    block = config.step // (1 if forward else 2) // schedule.itemsize
-    shape = {"ROWS": ROWS, "COLS": COLS[schedule.itemsize], "BLOCK": block}
-    settings = {**shape, "STAGES": config.stages, **flags}
+    constants, options = settings_of(config, forward, schedule.itemsize)
+    constants |= {"GENERAL": schedule.general} | ({"MIXED": mixed} if forward else {"THROUGH": schedule.through})
     if stream is not None:
-        options = {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": False}
-        kernel[(programs,)](*full, **settings, **options)
+        kernel[(programs,)](*full, **constants, **options)
         return
     with _interpreter_lock:
         try:
-            kernel[(programs,)](*full, **settings)
+            kernel[(programs,)](*full, **constants)
         except BaseException:
             counters_of.forget()
             raise
