@@ -83,6 +83,7 @@ def main(capability: int, folder: Path, dtypes: list[str]) -> None:
                             "name": name, "kernel": kernel.fn.__name__, "dtype": dtype, "general": general,
                             "more": more, "capability": capability, "bound": config.registers,
                             "programs": config.programs, "stages": config.stages, "step": config.step,
+                            "whole_stages": config.whole_stages,
                             "registers": int(numbers["REG"]), "stack": int(numbers["STACK"]),
                             "shared": compiled.metadata.shared,
                         }

@@ -1,10 +1,10 @@
 """A launch played on a model of a device that shares its memory's bandwidth and keeps what it read in an L2.
 
-Every program draws a tile, takes some time to begin it, waits for what it must, streams its bytes and takes some time
-to end it. All that stream share the bandwidths; what comes from HBM counts against the smaller one. L2 forgets what was
-read longest ago, by bytes that came in since; of what is read or written first to be evicted a third counts. Times and
-rates are those of an H200 (benchmarks/results/gpu_h200_tuning.jsonl), whose measured times the model gives back:
-test_played.py.
+Every program draws a tile, takes some time to begin it, waits for what it must, streams its bytes, a quarter after the
+other, and takes some time to end it. All that stream share the bandwidths; what comes from HBM counts against the
+smaller one. L2 forgets what was read longest ago, by bytes that came in since; of what is read or written first to be
+evicted a third counts. What two programs read at once comes from HBM once. Times and rates are those of an H200
+(benchmarks/results/gpu_h200_tuning.jsonl), whose measured times the model gives back: test_played.py.
 """
 
 import heapq
@@ -19,8 +19,9 @@ from bssn_kernels.backends import _tables
 from bssn_kernels.backends._geometry import FLAT
 
 STEP_US = 0.25
-ROWS, COLUMNS = 8, 128  # of a weight, of which L2 remembers when they were read last
+COLUMNS = 128  # of a row, of which L2 remembers when they were read last
 EVICTED_FIRST = 0.3
+PARTS = 4  # of a tile, each read after the other
 # By kind of tile: its name, how many arrays it reads and writes, whether the first of them is to stay in L2, for those
 # who read it after. All others are first to be evicted.
 KINDS = {
@@ -29,6 +30,7 @@ KINDS = {
     _tables.SCALE: ("scale", 2, False),
     _tables.DOT: ("dot", 2, True),
     _tables.UPDATE: ("update", 2, False),
+    _tables.ROWS: ("rows", 1, True),
 }
 
 
@@ -44,12 +46,12 @@ class Device:
     """
 
     programs: int = 528
-    hbm: float = 3.5e6
+    hbm: float = 3.9e6
     l2_rate: float = 6e6
     each: float = 13e3
     l2: float = 45e6
-    before: float = 2.5
-    after: float = 2.5
+    before: float = 2.25
+    after: float = 2.25
     sums: float = 5.0
     late_sums: float = 18.0
 
@@ -75,22 +77,36 @@ class Weights:
     def __init__(self, schedule) -> None:
         self.geometries = schedule.geometries
         self.itemsize = schedule.itemsize
-        shapes = [(-(-g.P // ROWS), -(-g.L // COLUMNS)) for g in schedule.geometries]
+        shapes = [(g.P, -(-g.L // COLUMNS)) for g in schedule.geometries]
         self.read = [np.full(shape, -np.inf) for shape in shapes]
 
-    def of(self, tile: dict[str, int]) -> tuple[np.ndarray, int]:
-        """The blocks of a tile, and its bytes."""
+    def parts(self, tile: dict[str, int]) -> list[tuple[np.ndarray, int]]:
+        """The blocks of a tile and their bytes, in parts, in the order in which they are read."""
         geometry, read = self.geometries[tile["layer"]], self.read[tile["layer"]]
         if tile["kind"] in (_tables.SCALE, _tables.DOT):
-            begin, n = tile["row0"] * FLAT, tile["rows"]
-            (first, col), (last, end) = divmod(begin, geometry.L), divmod(begin + n - 1, geometry.L)
-            columns = slice(col // COLUMNS, end // COLUMNS + 1) if first == last else slice(None)
-            return read[first // ROWS : last // ROWS + 1, columns], n * self.itemsize
-        wide = min((tile["chunks"] - 1) * tile["step"] + tile["width"], tile["end"] - tile["col0"])
-        n = min(tile["chunks"] * tile["width"], tile["end"] - tile["col0"])
-        rows = slice(tile["row0"] // ROWS, -(-(tile["row0"] + tile["rows"]) // ROWS))
-        columns = slice(tile["col0"] // COLUMNS, -(-(tile["col0"] + wide) // COLUMNS))
-        return read[rows, columns], tile["rows"] * n * self.itemsize
+            begin, n, size = tile["row0"] * FLAT, tile["rows"], -(-tile["rows"] // PARTS)
+            return [self._flat(geometry, read, begin + i, min(size, n - i)) for i in range(0, n, size)]
+        first, end, chunks = tile["row0"], tile["row0"] + tile["rows"], tile["chunks"]
+        if tile["kind"] in (_tables.INNER, _tables.ROWS) or chunks == 1:
+            size = -(-tile["rows"] // PARTS)
+            cuts = [(row, min(size, end - row), 0, chunks) for row in range(first, end, size)]
+        else:
+            size = -(-chunks // PARTS)
+            cuts = [(first, tile["rows"], i, min(size, chunks - i)) for i in range(0, chunks, size)]
+        return [self._cut(read, tile, *cut) for cut in cuts]
+
+    def _flat(self, geometry, read: np.ndarray, begin: int, n: int) -> tuple[np.ndarray, int]:
+        (first, col), (last, end) = divmod(begin, geometry.L), divmod(begin + n - 1, geometry.L)
+        wide = read.shape[1]
+        blocks = read.reshape(-1)[first * wide + col // COLUMNS : last * wide + end // COLUMNS + 1]
+        return blocks, n * self.itemsize
+
+    def _cut(self, read, tile, row: int, rows: int, chunk: int, chunks: int) -> tuple[np.ndarray, int]:
+        col = tile["col0"] + chunk * tile["step"]
+        wide = min((chunks - 1) * tile["step"] + tile["width"], tile["end"] - col)
+        n = min(chunks * tile["width"], tile["end"] - col)
+        columns = slice(col // COLUMNS, -(-(col + wide) // COLUMNS))
+        return read[row : row + rows, columns], rows * n * self.itemsize
 
 
 class Sums:
@@ -143,6 +159,21 @@ def play(schedule, device: Device, seed: int = 0) -> Played:
     def which(what: int, over: bool = False) -> list[int]:
         return np.nonzero((state == what) & (until <= now) if over else state == what)[0].tolist()
 
+    todo: list[list[tuple[np.ndarray, int]]] = [[]] * n  # parts that a program has still to read
+
+    def go_on(p: int) -> None:
+        """The next part of a tile: what of it is in L2, and what of it comes in."""
+        name, arrays, stays = KINDS[mine[p]["kind"]]
+        blocks, nbytes = todo[p].pop()
+        hits = float((came_in - blocks < device.l2).mean())
+        if stays:
+            blocks[...] = came_in
+        read[name] += nbytes
+        found[name] += nbytes * hits
+        left[p], from_hbm[p] = arrays * nbytes, 1 - hits / arrays
+        first = (1 - hits) * (1 if stays else EVICTED_FIRST)
+        into_l2[p] = (first + (arrays - 1) * EVICTED_FIRST) / arrays
+
     while True:
         sums.advance(now)
         for p in which(ENDS, over=True):
@@ -159,17 +190,11 @@ def play(schedule, device: Device, seed: int = 0) -> Played:
             tile = mine[p]
             if not sums.reached(tile):
                 waited += 1
-            elif tile["kind"] == _tables.VECTORS:
+            elif tile["kind"] in (_tables.VECTORS, _tables.COMBINE):
                 state[p], until[p] = ENDS, now + device.after
             else:
-                blocks, nbytes = weights.of(tile)
-                hits = float((came_in - blocks < device.l2).mean())
-                name, arrays, stays = KINDS[tile["kind"]]
-                read[name] += nbytes
-                found[name] += nbytes * hits
-                state[p], left[p], from_hbm[p] = STREAMS, arrays * nbytes, 1 - hits / arrays
-                first = (1 - hits) * (1 if stays else EVICTED_FIRST)
-                into_l2[p] = (first + (arrays - 1) * EVICTED_FIRST) / arrays
+                state[p], todo[p] = STREAMS, weights.parts(tile)[::-1]
+                go_on(p)
         streaming = state == STREAMS
         if streaming.any():
             rate = min(device.each, device.l2_rate / streaming.sum())
@@ -179,9 +204,10 @@ def play(schedule, device: Device, seed: int = 0) -> Played:
             came_in += into_l2[streaming].sum() * rate * STEP_US
             hbm += from_hbm[streaming].sum() * rate * STEP_US
             for p in np.nonzero(streaming & (left <= 0))[0].tolist():
-                if KINDS[mine[p]["kind"]][2]:
-                    weights.of(mine[p])[0][...] = came_in
-                state[p], until[p] = ENDS, now + device.after * rng.uniform(0.8, 1.2)
+                if todo[p]:
+                    go_on(p)
+                else:
+                    state[p], until[p] = ENDS, now + device.after * rng.uniform(0.8, 1.2)
         if (state == LEFT).all():
             return Played(now, waited * STEP_US / (now * n), hbm, {name: found[name] / read[name] for name in read})
         now += STEP_US

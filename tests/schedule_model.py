@@ -38,6 +38,7 @@ class Model:
         self.covered = [np.zeros(layer["numel"], dtype=int) for layer in self.layers]
         self.vectors = np.zeros(saved_numel, dtype=int)
         self.finished: set[int] = set()  # layers whose norms, and what comes of them, are known
+        self.whole: dict[int, int] = {}  # the block of the tiles of whole rows that were done last, by layer
 
     # -- what a tile does
 
@@ -62,7 +63,7 @@ class Model:
         """Places in the workspace where a product tile leaves the sums of role e."""
         layer = self.layers[tile["layer"]]
         columns = self.columns(tile)
-        if tile["kind"] == s.OUTER:
+        if tile["kind"] in (s.OUTER, s.ROWS):
             return layer[f"outer_partial{e}"] + tile[f"slot{e}"] * layer["l"] + columns
         q, r = columns // layer["r"], columns % layer["r"]
         classes = np.unique(q * layer[f"raw_yq{e}"] + r * layer[f"raw_yr{e}"])
@@ -90,6 +91,8 @@ class Model:
             assert tile["kind"] == s.OUTER or tile["chunks"] <= MOST_CHUNKS, "csrc/cuda has no room for more vectors"
             for e in self.roles(tile["mask"]):
                 self.owner[self.partials(tile, e)] = tile["block"]
+        elif tile["kind"] == s.ROWS:
+            self.run_rows(tile)
         elif tile["kind"] in (s.SCALE, s.UPDATE):
             np.add.at(self.covered[tile["layer"]], self.elements(tile), 1)
         elif tile["kind"] == s.VECTORS:
@@ -101,8 +104,20 @@ class Model:
                     makers = {int(block) for block in np.unique(self.owner[part["raw"] + e])}
                     assert -1 not in makers and {self.blocks[block]["layer"] for block in makers} == {tile["layer"]}
                     assert all(self.blocks[block]["final"] != part["start"] for block in makers)
-        if tile["kind"] in (s.INNER, s.OUTER, s.DOT):
+        if tile["kind"] in (s.INNER, s.OUTER, s.DOT, s.ROWS, s.COMBINE):
             self.arrive(tile["block"])
+
+    def run_rows(self, tile: dict[str, int]) -> None:
+        """Whole rows: their part of the slab is complete, their part of the spread is left for who adds up."""
+        layer, number = self.layers[tile["layer"]], tile["block"]
+        block = self.blocks[number]
+        assert (tile["mask"], block["mask"]) == (1, 0) and len(self.columns(tile)) == layer["l"]
+        assert tile["slot0"] < min(layer["inner_share_count0"], layer["outer_slots0"])
+        self.check_source(tile)
+        self.owner[self.partials(tile, 0)] = number
+        slab = self.raw(layer, "slab", 0, bool(block["parity"]))
+        self.owner[slab[tile["row0"] : tile["row0"] + tile["rows"]]] = number
+        self.whole[tile["layer"]] = number
 
     def check_source(self, tile: dict[str, int]) -> None:
         """What a product reads was completed, and by the pass that it is meant to follow."""
@@ -110,7 +125,7 @@ class Model:
             return
         layer, odd = self.layers[tile["layer"]], bool((tile["source"] - s.RAW) % 2)
         for e in self.roles(tile["mask"]):
-            if tile["kind"] == s.INNER:
+            if tile["kind"] in (s.INNER, s.ROWS):
                 columns = self.columns(tile)
                 q, r = columns // layer["r"], columns % layer["r"]
                 at = q * layer[f"raw_xq{e}"] + r * layer[f"raw_xr{e}"]
@@ -147,9 +162,10 @@ class Model:
 
     def combine(self, number: int, block: dict[str, int], e: int) -> None:
         """All partial sums that are added were left by tiles of this block; the result's place is taken."""
-        layer = self.layers[block["layer"]]
+        layer, makers = self.layers[block["layer"]], self.whole.get(block["layer"], number)
+        assert makers == number or self.blocks[makers]["parity"] == block["parity"]
         for out, places in self.sums(block, layer, e):
-            assert (self.owner[places] == number).all(), "partial sums of another block, or of nobody"
+            assert (self.owner[places] == makers).all(), "partial sums of another block, or of nobody"
             self.owner[out] = number
 
     def sums(self, block: dict[str, int], layer: dict[str, int], e: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -234,9 +250,10 @@ def products(model: Model) -> Counter:
     and the largest count of each."""
     counts: dict[tuple, np.ndarray] = {}
     for tile in model.tiles:
-        if tile["kind"] in (s.INNER, s.OUTER):
+        kinds = {s.INNER: (s.INNER,), s.OUTER: (s.OUTER,), s.ROWS: (s.INNER, s.OUTER)}.get(tile["kind"], ())
+        for kind in kinds:
             for e in model.roles(tile["mask"]):
-                key = tile["layer"], tile["kind"], tile["source"], e
+                key = tile["layer"], kind, tile["source"], e
                 array = counts.setdefault(key, np.zeros(model.layers[tile["layer"]]["numel"], dtype=int))
                 np.add.at(array, model.elements(tile), 1)
     return {key: (array.min(), array.max()) for key, array in counts.items()}

@@ -456,7 +456,8 @@ class TestExperiments:
         before = dict(triton.AMPERE), (_order.SUM_US, _order.L2_SHARE)
         code, found = self.run(tmp_path)
         assert code == 0 and list(found) == list(experiments.EXPERIMENTS)
-        counts = {"small": 3, "bandwidth": 4, "whole": 4, "stability": 1, "settings": 12, "schedule": 4, "host": 8}
+        counts = {"small": 3, "bandwidth": 4, "whole": 4, "rows": 4, "stability": 1}
+        counts |= {"settings": 12, "schedule": 4, "host": 8}
         assert {name: len(record["rows"]) for name, record in found.items()} == counts
         for name in ("settings", "schedule"):
             assert sum(row["usual"] for row in found[name]["rows"]) == 2

@@ -1,6 +1,7 @@
 """The schedules of the GPU backends, as data: see schedule_model.py."""
 
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import hypothesis
@@ -10,7 +11,7 @@ import torch
 from schedule_model import Model, products
 from test_random_groups import layer_drafts
 
-from bssn_kernels.backends import _tables
+from bssn_kernels.backends import _order, _tables
 from bssn_kernels.backends._launch import machine_of
 from bssn_kernels.backends._order import Machine
 from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule
@@ -39,7 +40,8 @@ def specs_of(drafts, dtype=torch.float32):
 def larger_drafts(draw) -> dict:
     """Layers of several tiles, row blocks and column blocks."""
     draft = draw(layer_drafts())
-    shape = draw(st.sampled_from([(130, 70, 3, 3), (300, 600), (40, 20, 7, 7), (17, 33, 5, 5), (9, 3000), (2000, 9)]))
+    shapes = [(130, 70, 3, 3), (300, 600), (40, 20, 7, 7), (17, 33, 5, 5), (9, 3000), (2000, 9), (40, 4096), (900, 256)]
+    shape = draw(st.sampled_from(shapes))
     layout = draw(st.sampled_from(["contiguous", "exchanged"] + ["channels_last"] * (len(shape) == 4)))
     return {**draft, "shape": shape, "layout": layout}
 
@@ -52,7 +54,8 @@ def forward(drafts, dtype=torch.float32):
     specs = specs_of(drafts, dtype)
     rows, layout = rows_of(specs)
     iterations = [1 if not spec.stores_vectors else draft["iterations"] for spec, draft in zip(specs, drafts)]
-    return ForwardSchedule(rows, iterations, dtype.itemsize), layout, iterations
+    whole_rows = [draft["layout"] != "offset" for draft in drafts]
+    return ForwardSchedule(rows, iterations, dtype.itemsize, whole_rows=whole_rows), layout, iterations
 
 
 def assert_apart(places: list[tuple[int, int]], size: int) -> None:
@@ -113,13 +116,16 @@ def test_backward(drafts, seed):
 
 
 @pytest.mark.parametrize("many", [(256, 256, 3, 3), (1000, 700)])
-def test_partial_sums_take_turns(many):
+def test_partial_sums_take_turns(many, monkeypatch):
     """Many layers share the memory of few: those that take it over wait, and nothing is overwritten too early."""
-    specs = [LayerSpec.of(torch.empty(many), variant=resolve_variant("bsn")) for _ in range(60)]
+    monkeypatch.setattr(_order, "RING", 2 << 20)
+    variant = resolve_variant("sn" if len(many) == 2 else "bsn")
+    specs = [LayerSpec.of(torch.empty(many), variant=variant) for _ in range(60)]
     rows, layout = rows_of(specs)
-    for iterations in (1, 2):
-        schedule = ForwardSchedule(rows, [iterations] * len(rows), 4)
-        alone = ForwardSchedule(rows[:1], [iterations], 4)
+    for iterations, whole in ((1, False), (2, False), (1, True), (2, True)):
+        schedule = ForwardSchedule(rows, [iterations] * len(rows), 4, whole_rows=[whole] * len(rows))
+        alone = ForwardSchedule(rows[:1], [iterations], 4, whole_rows=[whole])
+        assert ("rows" in schedule.traffic) == (whole and len(many) == 2)
         assert schedule.workspace < 0.6 * len(rows) * alone.workspace
         for seed in range(2):
             model = Model(schedule, layout.numel)
@@ -134,7 +140,7 @@ class Planted:
     def early(model):
         """Products that do not wait for the vector they read."""
         for tile in model.tiles:
-            if tile["kind"] == _tables.OUTER:
+            if tile["kind"] in (_tables.OUTER, _tables.COMBINE):
                 tile["wait_target"] = 0
 
     @staticmethod
@@ -145,7 +151,8 @@ class Planted:
     @staticmethod
     def shared(model):
         """Two tiles that leave their sums at one place."""
-        first, second = [t for t in model.tiles if t["kind"] == _tables.OUTER and t["col0"] == 0][:2]
+        kinds = (_tables.OUTER, _tables.ROWS)
+        first, second = [t for t in model.tiles if t["kind"] in kinds and t["col0"] == 0][:2]
         second["slot0"] = first["slot0"]
 
     @staticmethod
@@ -176,14 +183,15 @@ class Planted:
         model.tiles.append(dict(model.tiles[-1]))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["pieces", "whole"])
 @pytest.mark.parametrize("fault", [name for name in vars(Planted) if not name.startswith("_")])
-def test_the_model_finds_planted_faults(fault):
+def test_the_model_finds_planted_faults(fault, whole):
     specs = [LayerSpec.of(torch.empty(300, 600), variant=resolve_variant("sn"))]
     rows, layout = rows_of(specs)
 
     def found() -> bool:
         for programs in (1, 6, 60):
-            model = Model(ForwardSchedule(rows, [1], 4), layout.numel)
+            model = Model(ForwardSchedule(rows, [1], 4, whole_rows=[whole]), layout.numel)
             getattr(Planted, fault)(model)
             try:
                 model.at_random(programs, programs, random.Random(programs))
@@ -214,14 +222,18 @@ def test_workspace_and_traffic(workload, layout, dtype):
             nbytes = WORKLOADS[workload].numel * dtype.itemsize
             accumulation = accumulation_dtype(dtype).itemsize
             forward = ForwardSchedule(rows, [1] * len(rows), dtype.itemsize)
+            whole = ForwardSchedule(rows, [1] * len(rows), dtype.itemsize, whole_rows=[True] * len(rows))
             backward = BackwardSchedule(rows, range(len(rows)), dtype.itemsize)
-            for schedule in (forward, backward):
+            for schedule in (forward, whole, backward):
                 taken = schedule.workspace * accumulation + schedule.doubles * 8 + schedule.n_counters * 32
                 assert taken <= max(0.02 * nbytes, 8e6)
             passes = 2 if semantics == "paper" and variant == "bssn" and workload != "vit_b" else 1
             assert nbytes <= forward.traffic["inner"] <= passes * nbytes
             assert nbytes <= forward.traffic["outer"] <= passes * nbytes
-            assert forward.traffic["scale"] == forward.traffic["written"] == nbytes
+            read = Counter(whole.traffic)
+            assert read["inner"] + read["rows"] == forward.traffic["inner"]
+            assert read["outer"] + read["rows"] == forward.traffic["outer"]
+            assert forward.traffic["scale"] == forward.traffic["written"] == read["scale"] == read["written"] == nbytes
             assert backward.traffic["dot"] == 2 * nbytes
             assert backward.traffic["update"] == backward.traffic["written"] == nbytes
             assert len(forward.tiles) < 25_000
@@ -235,10 +247,10 @@ def test_the_order_of_sums_depends_on_the_layer_alone():
 
     def sums(subset) -> list[list[tuple]]:
         rows, _ = rows_of([specs[i] for i in subset])
-        schedule = ForwardSchedule(rows, [2] * len(rows), 4)
+        schedule = ForwardSchedule(rows, [2] * len(rows), 4, whole_rows=[True] * len(rows))
         tiles = Model(schedule, 1).tiles
         fields = ("kind", "row0", "rows", "col0", "chunks", "step", "width", "end", "slot0", "slot1", "mask", "source")
-        products = [t for t in tiles if t["kind"] in (_tables.INNER, _tables.OUTER)]
+        products = [t for t in tiles if t["kind"] in (_tables.INNER, _tables.OUTER, _tables.ROWS)]
         layers = range(len(subset))
         return [sorted(tuple(t[f] for f in fields) for t in products if t["layer"] == k) for k in layers]
 

@@ -4,10 +4,10 @@
 import pytest
 import torch
 from drafts import Layer, assert_same_bits, draft_of, run
-from zoo import Case, build, check, interpreted
+from zoo import Case, build, check, interpreted, lay_out
 
 from bssn_kernels import backends, functional
-from bssn_kernels.backends import triton
+from bssn_kernels.backends import _launch, triton
 from bssn_kernels.plan import LayerSpec
 from bssn_kernels.variants import Variant, semantics_names
 
@@ -23,6 +23,8 @@ def drafts() -> list[dict]:
         draft_of((3, 2, 17, 17), 4, semantics="miyato", iterations=1),
         draft_of((16, 10, 4, 4), 5, semantics="biggan", axis=1, layout="exchanged"),
         draft_of((9,), 6, semantics="paper", iterations=0),
+        draft_of((30, 260), 7, semantics="torch", variant=Variant(1.0, 0.0)),
+        draft_of((10, 32, 6, 6), 8, semantics="torch", variant=Variant(1.0, 0.0), layout="channels_last"),
     ]
 
 
@@ -38,16 +40,38 @@ def test_any_number_of_programs_gives_the_same_bits(monkeypatch, dtype):
     assert_same_bits(found[2], found[0])
 
 
+@pytest.mark.parametrize("columns", [131, 260], ids=["unaligned", "whole rows"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-def test_unaligned_layers_beside_two_directions(dtype):
-    """A layer of one direction, read number by number, keeps its bits where the kernel is the one for two directions.
+def test_one_direction_beside_two(dtype, columns):
+    """A layer of one direction keeps its bits where the kernel is the one for two directions.
 
-    In fp64 a sum along a row shows it here: NumPy adds 128 numbers as halves of them would be, but not 256.
+    In fp64 a sum along a row that is read number by number shows it here: NumPy adds 128 numbers as halves of them
+    would be, but not 256.
     """
-    single = draft_of((24, 131), 1, variant=Variant(1.0, 0.0))
+    single = draft_of((24, columns), 1, variant=Variant(1.0, 0.0))
     alone = run([Layer(single, dtype)], "triton")
     beside = run([Layer(single, dtype), Layer(draft_of((16, 5, 3, 3), 2), dtype)], "triton")
     assert_same_bits(beside[:1], alone)
+
+
+def schedules(plan) -> list[dict[str, int]]:
+    """What the launches of a plan read and write, by phase."""
+    return [launch.schedule.traffic for launch in _launch.State.of(plan.tables[0])._launches.values()]
+
+
+def test_whole_rows():
+    """Read once where the weight stands at a multiple of 16 bytes; else in pieces, as where nothing is iterated."""
+    cases = [Case("rows_576"), Case("linear")]
+    layers = [build(case) for case in cases]
+    weights, vectors = [x.weight.detach() for x in layers], [v for x in layers for v in x.vectors]
+    plan = functional.make_plan([layer.spec for layer in layers], "triton")
+    functional.spectral_normalize(weights, vectors, plan, [1, 1])
+    functional.spectral_normalize(weights, vectors, plan, [0, 1])
+    elsewhere = [lay_out(weights[0], "offset"), weights[1]]
+    functional.spectral_normalize(elsewhere, vectors, plan, [1, 1])
+    large, small = (4 * w.numel() for w in weights)
+    read = [(found.get("rows", 0), found["inner"], found.get("outer", 0)) for found in schedules(plan)]
+    assert read == [(large, small, small), (0, large + small, small), (0, large + small, large + small)]
 
 
 def test_launches_in_a_row():

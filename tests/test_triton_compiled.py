@@ -11,7 +11,7 @@ import pytest
 from ptx import ACQUIRE, BARRIER, RELEASE, unordered
 from sass import count, innermost_loops, instructions, loops_around
 
-from bssn_kernels.backends._geometry import COLS, ROWS
+from bssn_kernels.backends._geometry import COLS, ROWS, WHOLE_ROWS
 from bssn_kernels.backends.triton import _installed
 
 # Compute capability and the types of weights to compile for it; the first with every kind of kernel.
@@ -91,11 +91,23 @@ def has_products(kernel: dict) -> bool:
     return kernel["kernel"] == "forward_kernel" or kernel["more"]
 
 
-def product_loops(kernel: dict) -> list:
-    """Loops that copy a weight to shared memory and multiply; those around them hold what comes before the first."""
+def product_loops(kernel: dict, whole: bool = False) -> list:
+    """Loops that copy a weight to shared memory and multiply: those over pieces, or those over whole rows, which copy
+    more at once. Loops around them hold what comes before the first.
+    """
     product = "DFMA" if kernel["dtype"] == "fp64" else "FFMA"
     bodies = loops_around(kernel["sass"], "LDGSTS")
-    return [b for b in bodies if not count(b, "ATOMG") and any(i.name.startswith(product) for i in b)]
+    bodies = [b for b in bodies if not count(b, "ATOMG") and any(i.name.startswith(product) for i in b)]
+    wide = at_once(kernel) // 16 // THREADS
+    assert all(count(b, "LDGSTS", "128") in (wide, 2 * wide) for b in bodies), kernel["name"]
+    return [b for b in bodies if (count(b, "LDGSTS", "128") > wide) == whole]
+
+
+def at_once(kernel: dict) -> int:
+    """Bytes of a weight that a step of a product reads; twice as many are those of whole rows."""
+    itemsize = ITEMSIZE[kernel["dtype"]]
+    assert WHOLE_ROWS[itemsize][1] == 2 * ROWS * COLS[itemsize]
+    return ROWS * COLS[itemsize] * itemsize
 
 
 def test_as_many_programs_reside_as_are_launched(kernels):
@@ -105,11 +117,11 @@ def test_as_many_programs_reside_as_are_launched(kernels):
         assert k["programs"] * registers <= REGISTERS < (k["programs"] + 1) * k["bound"] * THREADS, k["name"]
         assert k["programs"] * (k["shared"] + 1024) <= SHARED_KIB[k["capability"]] * 1024, k["name"]
     for k in modern(kernels):
-        itemsize = ITEMSIZE[k["dtype"]]
-        own = (k["stages"] - 1) * ROWS * COLS[itemsize] * itemsize
+        own, whole = (k["stages"] - 1) * at_once(k), (k["whole_stages"] - 1) * 2 * at_once(k)
         if has_products(k):
-            assert own <= k["shared"] <= own + (k["stages"] + 1) * 1024, f"{k['name']}: stages, and their vectors"
-            assert own >= (16 if itemsize >= 4 else 12) * 1024, k["name"]
+            most = max(own, whole if k["kernel"] == "forward_kernel" else 0)
+            assert most <= k["shared"] <= max(own + (k["stages"] + 1) * 1024, most + 1024), f"{k['name']}: stages"
+            assert min(own, whole) >= (16 if ITEMSIZE[k["dtype"]] >= 4 else 12) * 1024, k["name"]
         assert k["programs"] * k["step"] >= 32 * 1024, f"{k['name']}: flat passes"
 
 
@@ -118,14 +130,16 @@ def test_products_copy_16_bytes_at_a_time(kernels):
     for k in modern(kernels):
         if not has_products(k):
             continue
-        itemsize = ITEMSIZE[k["dtype"]]
-        wide = ROWS * COLS[itemsize] * itemsize // 16 // THREADS
         loops = product_loops(k)
         assert len(loops) == 2, f"{k['name']}: one loop for inner products, one for outer"
         for body in loops:
-            assert count(body, "LDGSTS", "128") == wide, k["name"]
-            narrow = count(body, "LDGSTS") - wide
+            narrow = count(body, "LDGSTS") - count(body, "LDGSTS", "128")
             assert narrow <= (12 if k["more"] else 4), f"{k['name']}: the rest are numbers of the vectors"
+        loops = product_loops(k, whole=True)
+        assert len(loops) == 2 * (k["kernel"] == "forward_kernel"), f"{k['name']}: four rows at once, or one"
+        for body in loops:
+            assert count(body, "LDGSTS") == count(body, "LDGSTS", "128"), k["name"]
+            assert not count(body, "LDG"), f"{k['name']}: the vector is in registers"
 
 
 def test_products_wait_for_the_oldest_copies_alone(kernels):
@@ -134,8 +148,14 @@ def test_products_wait_for_the_oldest_copies_alone(kernels):
     """
     for k in modern(kernels):
         for body in product_loops(k):
-            left = [int(i.operands.split(",")[1], 16) for i in body if i.name.startswith("DEPBAR")]
-            assert max(left) >= k["stages"] - 2 > 0, f"{k['name']}: {left}"
+            assert most_left(body) >= k["stages"] - 2 > 0, k["name"]
+        for body in product_loops(k, whole=True):
+            assert most_left(body) >= k["whole_stages"] - 2, k["name"]
+
+
+def most_left(body: list) -> int:
+    """How many copies a loop leaves on their way where it waits."""
+    return max(int(i.operands.split(",")[1], 16) for i in body if i.name.startswith("DEPBAR"))
 
 
 def flat_loops(kernel: dict, stores: bool) -> list:

@@ -13,6 +13,7 @@ from zoo import (
     HUGE,
     LAYERS,
     LONG,
+    ROWS,
     SHORT,
     SMALL,
     VARIANTS,
@@ -78,6 +79,21 @@ def test_every_layer(backend, layer, dtype):
         # In one dtype, and so on every backend: every layer in every memory format under every semantics.
         whole = dtype == torch.float32 and turn == 0 and not large
         check(cases if whole else fitting(cases, backend, 1 if large else 2), backend)
+
+
+@pytest.mark.parametrize("two_directions", [False, True], ids=["alone", "beside_two_directions"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_rows_that_a_program_holds(backend, dtype, two_directions):
+    """Every length of rows, in every memory format, after one and more iterations, with all that W_bar is made of."""
+    cases = []
+    kinds = [(layer, layout) for layer in ROWS for layout in layouts(LAYERS[layer][0])]
+    for layer, layout in kinds:
+        n = len(cases)
+        variant, iterations = ("sn", "ssn", "capped_above")[n % 3], (1, 3, 2, 1)[n % 4]
+        cases.append(Case(layer, layout, dtype, variant, "torch", iterations, gain=n % 2 == 1))
+    if two_directions:
+        cases = [Case("conv2d", dtype=dtype, variant="bssn"), *cases[::3]]
+    check(cases if dtype == torch.float32 else fitting(cases, backend), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)

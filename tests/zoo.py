@@ -49,6 +49,14 @@ SHAPES = {
     "conv2d_huge": (256, 512, 3, 3),
     "transposed2d_huge": (512, 256, 3, 3),
     "primes_huge": (1021, 1361),
+    # rows that a program may hold whole: the shortest and the longest ones, and some in memory formats of their own
+    "rows_256": (70, 256),
+    "rows_576": (37, 64, 3, 3),
+    "rows_1024": (5, 1024),
+    "rows_1032": (19, 1032),
+    "rows_3840": (12, 240, 4, 4),
+    "rows_4096": (9, 4096),
+    "rows_transposed": (25, 16, 6, 6),
     # 64 MiB of float32, more than caches hold
     "uncached": (4100, 4099),
 }
@@ -65,7 +73,8 @@ def _layers() -> dict[str, tuple[tuple[int, ...], int]]:
 LAYERS = _layers()  # name -> shape, row axis of the out-direction
 LONG = ("wide", "tall")
 HUGE = tuple(name for name in LAYERS if name.endswith("_huge"))
-SMALL = [name for name in LAYERS if name not in (*LONG, *HUGE, "uncached")]
+ROWS = tuple(name for name in LAYERS if name.startswith("rows_"))
+SMALL = [name for name in LAYERS if name not in (*LONG, *HUGE, *ROWS, "uncached")]
 
 VARIANTS = {
     "sn": resolve_variant("sn"),

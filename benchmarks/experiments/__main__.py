@@ -21,7 +21,7 @@ import torch
 from benchmarks.child import Say, apart
 from benchmarks.experiments.correctness import small, stability
 from benchmarks.experiments.groups import Rows, Setting
-from benchmarks.experiments.speed import bandwidth, host, schedule, settings, whole
+from benchmarks.experiments.speed import bandwidth, host, rows, schedule, settings, whole
 from benchmarks.report import dump, progress
 from bssn_kernels import backends
 from bssn_kernels.bench.machine import machine
@@ -37,13 +37,14 @@ EXPERIMENTS: dict[str, tuple[Callable[[Setting], Rows], float]] = {
     "small": (small, 60),
     "bandwidth": (bandwidth, 60),
     "whole": (whole, 120),
+    "rows": (rows, 120),
     "stability": (stability, 150),
     "settings": (settings, 200),
     "schedule": (schedule, 120),
     "host": (host, 120),
 }
 # What is varied there is Triton's own; a bandwidth is nobody's.
-ONLY_TRITON, ONCE = ("settings", "schedule"), ("bandwidth",)
+ONLY_TRITON, ONCE = ("rows", "settings", "schedule"), ("bandwidth",)
 
 
 def settings_of(name: str, settings: Sequence[Setting]) -> Sequence[Setting]:

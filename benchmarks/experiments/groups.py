@@ -28,7 +28,8 @@ class Setting:
 
     Attributes:
         samples: of each time. forwards: that must give the same bits. numel: numbers of a stream.
-        counts: of layers. stages, programs, sums, shares: what is tried, the last two in microseconds and of L2.
+        counts: of layers. stages, whole_stages, programs, sums, shares: what is tried, the last two in microseconds and
+            of L2.
     """
 
     device: torch.device = torch.device("cuda")
@@ -41,6 +42,7 @@ class Setting:
     stable: tuple[str, ...] = ("sngan32", "paper_resnet")
     counts: tuple[int, ...] = (1, 8, 24, 49, 100, 240, 500)
     stages: tuple[int, ...] = (2, 3, 4, 5, 6)
+    whole_stages: tuple[int, ...] = (2, 3, 4)
     programs: tuple[int, ...] = (2, 3, 4)
     sums: tuple[int, ...] = (6, 10, 15, 20)
     shares: tuple[float, ...] = (0.4, L2_SHARE, 1.0)

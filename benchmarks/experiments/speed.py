@@ -14,7 +14,7 @@ from benchmarks import LARGE, MB
 from benchmarks.experiments.groups import Group, Rows, Setting, attempt
 from benchmarks.measure import streams
 from benchmarks.providers import captured
-from bssn_kernels.backends import _order
+from bssn_kernels.backends import _geometry, _order
 from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule
 from bssn_kernels.bench.host import WIDTH, floor_task, functional_task
 from bssn_kernels.bench.providers import Subject, make_fused, tasks_of
@@ -67,7 +67,8 @@ def whole(setting: Setting) -> Rows:
 def counted_bytes(plan: GroupPlan) -> dict[str, dict[str, int]]:
     """What the Triton backend's schedules count for float32, by call and phase."""
     rows = layer_rows(plan.tables[0])
-    forward, backward = ForwardSchedule(rows, [1] * len(rows), 4), BackwardSchedule(rows, range(len(rows)), 4)
+    forward = ForwardSchedule(rows, [1] * len(rows), 4, whole_rows=[True] * len(rows))
+    backward = BackwardSchedule(rows, range(len(rows)), 4)
     return {"forward": forward.traffic, "backward": backward.traffic}
 
 
@@ -86,6 +87,24 @@ def settings(setting: Setting) -> Rows:
             row["usual"] = config == usual
             with patch.dict(family, {key: config}):
                 yield row | attempt(lambda: compared(group, tasks, first))  # noqa: B023
+
+
+def rows(setting: Setting) -> Rows:
+    """Whole rows, by the stages of their loads, and the same rows in pieces, with the Triton backend."""
+    from bssn_kernels.backends import triton
+
+    family = triton.family_of(triton.capability_of(setting.device))
+    for workload in setting.workloads:
+        group = Group(setting, workload, "sn")
+        bounds, usual = streams(group.weights), family[False]
+        for stages in (*setting.whole_stages, 0):
+            row = {"workload": workload, "whole rows": bool(stages), "stages": stages}
+            row["usual"] = stages == usual.whole_stages
+            held = _geometry.WHOLE_ROWS if stages else dict.fromkeys(_geometry.WHOLE_ROWS, (1, 0))
+            config = replace(usual, whole_stages=stages or usual.whole_stages)
+            with patch.dict(family, {False: config}), patch.object(_geometry, "WHOLE_ROWS", held):
+                group.make_plan()
+                yield row | attempt(lambda: ratios(setting.samples_of(group.tasks() | bounds)))  # noqa: B023
 
 
 def compared(group: Group, tasks: Mapping[str, Task], first: Tensor) -> dict[str, Any]:

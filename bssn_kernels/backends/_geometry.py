@@ -26,12 +26,15 @@ COLS = {8: 128, 4: 256, 2: 256}  # the same, by bytes of a number; a chunk is at
 MOST_CHUNKS = 8  # in an inner tile, whose class sums cost as much as some chunks
 TILES = 64  # that a layer gets, about, within the next bounds
 SMALLEST_TILE, LARGEST_TILE = 4096, 49152  # elements
-FIRST_TILE = 24576  # the same for what is read again by a second product, soon enough to be found in L2
 GROUP_ROWS = 128  # rows of an outer tile: its partial sums are 1 / 128 of the layer
-FIRST_ROWS = 64  # the same where outer products come first, so that their tiles are small
 TALL_ROWS = 512  # the same for layers with short rows; more would add too many numbers in fp32
 GROUP_ELEMENTS = 1 << 21  # of a group of columns: 8 MB of fp32 stay in L2 between two products
 FLAT = 1024  # flat tiles begin at multiples of this
+# Tiles of whole rows: shortest and longest row, by bytes of a number; a program holds a row, its vector and its sums.
+WHOLE_ROWS = {8: (128, 2048), 4: (256, 4096), 2: (256, 4096)}
+WHOLE_TILES, MOST_WHOLE_TILES = 32, 256  # that a layer gets, about, and at most, for their partial sums take room
+LARGEST_WHOLE = 1 << 17  # elements of one, as long as there are not too many
+COMBINED = 256  # columns whose partial sums one tile adds up
 LONGEST_ROW = 1 << 23  # elements: places within a tile, of up to 128 rows, are 32-bit numbers
 
 
@@ -105,15 +108,21 @@ class Geometry:
     Attributes:
         roles: by role, None where the layer has no such direction.
         masks: roles that begin with their inner product, and those that begin with the outer one, as bits.
+        whole: a tile takes both products of a block of whole rows, which reads the weight once; there are no groups and
+            inner tiles then, and no column parts of outer ones.
         columns: the column blocks.
         groups: runs of them; the inner tiles of a group read just its columns. One group, unless all
             directions begin with their outer product.
         inner: column parts of the inner tiles, by group.
         slots: number of partial slabs, by role.
-        row_blocks: (first row, rows). update_blocks: the same of dW, which sums nothing.
+        row_blocks: (first row, rows).
     """
 
-    def __init__(self, row: LayerRow, itemsize: int) -> None:
+    def __init__(self, row: LayerRow, itemsize: int, whole: bool = False) -> None:
+        """
+        Args:
+            whole: tiles of whole rows, where rows have the length for it and one direction begins with inner products.
+        """
         self.row, self.widest, unit = row, COLS[itemsize], 16 // itemsize
         self.P, self.Q, self.R = row.p, row.q, row.r
         self.L = row.q * row.r
@@ -124,7 +133,13 @@ class Geometry:
         outer = sum(1 << e for e, role in enumerate(self.roles) if role and not role.inner_first)
         self.masks = inner, outer
         self.columns_first, self.mixed = not inner, bool(inner and outer)
-        self._cut()
+        shortest, longest = WHOLE_ROWS[itemsize]
+        alone = inner == 1 and not outer and self.roles[0].axis == 0
+        self.whole = whole and alone and shortest <= self.L <= longest and self.L % unit == 0
+        if self.whole:
+            self._cut_whole()
+        else:
+            self._cut()
 
     @property
     def general(self) -> bool:
@@ -181,19 +196,27 @@ class Geometry:
                 role and (replace(role, modulus=0) if role.axis == 1 else role) for role in self.roles
             )
 
-    def _cut(self) -> None:
+    def _flat(self) -> int:
         elements = min(max(self.numel // TILES, SMALLEST_TILE), LARGEST_TILE)
         self.flat_tile = ceil_div(elements, FLAT) * FLAT
-        first = min(elements, FIRST_TILE)
-        of_outer, of_inner = (first, elements) if self.columns_first else (elements, first)
+        return elements
+
+    def _cut_whole(self) -> None:
+        self._flat()
+        numel = max(min(self.numel // WHOLE_TILES, LARGEST_WHOLE), self.numel // MOST_WHOLE_TILES)
+        self.row_blocks = _pieces(self.P, max(numel // self.L // ROWS * ROWS, ROWS))
+        cuts = _pieces(self.L, COMBINED)
+        self.columns = [ColumnBlock((), ((col0, n), (0, 0)), 1) for col0, n in cuts]
+        self.slots = 0, 0
+
+    def _cut(self) -> None:
+        elements = self._flat()
         wide = min(self.L, self.chunk)
-        T = min(max(elements // max(wide, 1) // ROWS * ROWS, ROWS), GROUP_ROWS if self.widest <= self.L else TALL_ROWS)
-        self.update_blocks = _pieces(self.P, T)
-        if self.columns_first and self.widest <= self.L:
-            T = min(T, FIRST_ROWS)
+        most = GROUP_ROWS if self.widest <= self.L else TALL_ROWS
+        T = min(max(elements // max(wide, 1) // ROWS * ROWS, ROWS), most)
         self.row_blocks = _pieces(self.P, T)
         rows = self.row_blocks[0][1]
-        chunks = max(1, of_outer // (rows * wide))
+        chunks = max(1, elements // (rows * wide))
         blocks = self._run_blocks(chunks) if self.runs else self._interval_blocks(chunks)
         per_group = len(blocks)
         if self.columns_first:
@@ -201,7 +224,7 @@ class Geometry:
             per_group = max(1, min(MOST_CHUNKS // max(blocks[0].outer[0].count, 1), GROUP_ELEMENTS // (self.P * width)))
         self.columns = blocks
         self.groups = [blocks[i : i + per_group] for i in range(0, len(blocks), per_group)]
-        self._cut_inner(of_inner)
+        self._cut_inner(elements)
 
     def _interval_blocks(self, chunks: int) -> list[ColumnBlock]:
         blocks = []

@@ -191,12 +191,20 @@ class State:
         return torch.zeros(64, dtype=dtype, device=device)
 
     def forward(
-        self, iterations: tuple[int, ...], itemsize: int, device: torch.device, programs: Callable[[Schedule], int]
+        self,
+        iterations: tuple[int, ...],
+        itemsize: int,
+        device: torch.device,
+        programs: Callable[[Schedule], int],
+        whole_rows: tuple[bool, ...] = (),
     ) -> Launch:
-        def make() -> Schedule:
-            return ForwardSchedule(self.rows, iterations, itemsize, lambda s: machine_of(device, programs(s)))
+        def machine(schedule: Schedule) -> Machine:
+            return machine_of(device, programs(schedule))
 
-        return self._launch(("forward", iterations, device), make, range(len(self.rows)), device)
+        def make() -> Schedule:
+            return ForwardSchedule(self.rows, iterations, itemsize, machine, whole_rows)
+
+        return self._launch(("forward", iterations, whole_rows, device), make, range(len(self.rows)), device)
 
     def backward(
         self, layers: tuple[int, ...], itemsize: int, device: torch.device, programs: Callable[[Schedule], int]

@@ -21,16 +21,15 @@ from typing import Protocol
 from bssn_kernels.backends._geometry import Geometry
 from bssn_kernels.backends._tables import BLOCK_FIELDS, TILE_FIELDS, Arena
 
-# What a launch is played with, in microseconds; measured on an H200, but for SUM_US: 7 is usual there and 20 one in
-# twenty, while with more than 9 second products come too late for L2 (tests/played.py).
-TILE_US = 3.5  # of a tile, whatever its size
-SUM_US = 7.0  # from the end of a step's last tile to the first that waits for it
+# What a launch is played with, in microseconds, measured on an H200.
+TILE_US = 5.0  # of a tile, whatever its size
+SUM_US = 15.0  # from the end of a step's last tile to the first that waits for it; 7 is usual, 20 one in twenty
 PATIENCE_US = 1.0  # a program rather waits so long than begins a layer beyond the budget
 L2_SHARE = 2 / 3  # of L2, for weights on their way
 SCALE_SHARE = 2.0  # bytes of products for each byte of scale passes, while there are both
 CREDIT = float(4 << 20)  # by how many bytes one of the two may be ahead
 SMALL = 1 << 20  # bytes of a layer that is begun before all others
-RING = 1 << 20  # numbers of partial sums in a batch of small layers; two batches are alive at once
+RING = 6 << 20  # bytes of partial sums in two batches of layers, which are alive at once
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,7 @@ class Work:
 class Tables(Protocol):
     """What the order needs of a schedule: room, counters, and somebody who notes where a layer's partial sums stand."""
 
+    itemsize: int
     arena: Arena
     counter: Iterator[int]
 
@@ -134,6 +134,7 @@ class Order:
 
     def __init__(self, works: Sequence[Work], owner: Tables, machine: Machine) -> None:
         self.owner, self.machine, self.tiles = owner, machine, []
+        self.room = RING // (2 * max(owner.itemsize, 4))  # numbers in a batch
         # Small ones first: they are little work, but their sums take as long, which would be the end of the launch.
         self.layers = deque(sorted(works, key=lambda w: (w.nbytes > SMALL, -w.nbytes)))
         self.free = [0.0] * machine.programs  # when each program is, as a heap
@@ -189,7 +190,7 @@ class Order:
 
     def _joins(self, work: Work) -> bool:
         """Whether a layer's partial sums go into the last batch."""
-        limit = max(RING // 4, max(self.batch_sizes, default=0))
+        limit = max(self.room, max(self.batch_sizes, default=0))
         return bool(self.batches) and (not self.batch_sizes[-1] or self.batch_sizes[-1] + work.region <= limit)
 
     def _has_room(self, work: Work) -> bool:

@@ -22,6 +22,7 @@ from bssn_kernels.backends._order import Machine, Order, Step, Work, from_the_en
 from bssn_kernels.backends._tables import (
     ADDRESSES,
     BLOCK_FIELDS,
+    COMBINE,
     DOT,
     INNER,
     LAYER_FIELDS,
@@ -29,6 +30,7 @@ from bssn_kernels.backends._tables import (
     RAW,
     RESULTS,
     ROLE_FIELDS,
+    ROWS,
     SAVED,
     SCALE,
     SCALED,
@@ -73,7 +75,7 @@ class Schedule:
             machine: what a schedule's launch runs on, which decides the order of tiles and no bit of the results.
         """
         self.itemsize, self.machine = itemsize, machine
-        self.geometries = [Geometry(row, itemsize) for row in rows]
+        self.geometries = [self._geometry(k, row) for k, row in enumerate(rows)]
         self.general = any(g.general for g in self.geometries)
         self.through = any(row.through for row in rows)
         self.counter = count(1)
@@ -81,6 +83,9 @@ class Schedule:
         self._tables: list[dict[str, int]] = []
         self._vectors: list[list[int]] = []
         self.traffic: dict[str, int] = {}
+
+    def _geometry(self, k: int, row: LayerRow) -> Geometry:
+        return Geometry(row, self.itemsize)
 
     @staticmethod
     def directions(row: LayerRow, itemsize: int) -> list[tuple[int, bool] | None]:
@@ -161,7 +166,7 @@ class Schedule:
         return self._block(work, INNER, arrivals, mask, start0=row0, count0=rows, share=b, dot=dot, **fields)
 
     def _column_block(self, work: Work, c: ColumnBlock, j: int, mask: int, **fields: int) -> int:
-        arrivals = len(work.geometry.row_blocks) * len(c.outer)
+        arrivals = 1 if work.geometry.whole else len(work.geometry.row_blocks) * len(c.outer)
         (start0, count0), (start1, count1) = c.entries
         places = {"start0": start0, "count0": count0, "segments": c.segments, "start1": start1, "count1": count1}
         return self._block(work, OUTER, arrivals, mask, share=j, **places, **fields)
@@ -207,10 +212,21 @@ class ForwardSchedule(Schedule):
         iterations: Sequence[int],
         itemsize: int,
         machine: Callable[[Schedule], Machine] | None = None,
+        whole_rows: Sequence[bool] = (),
     ) -> None:
+        """
+        Args:
+            whole_rows: layers that may have tiles of whole rows, by default none; the kernels have to know such tiles,
+                and the weight has to stand at a multiple of 16 bytes.
+        """
+        allowed = whole_rows or [False] * len(rows)
+        self.whole_rows = [may and n > 0 for may, n in zip(allowed, iterations)]
         super().__init__(rows, itemsize, machine)
         works = [self._work(k, row, n) for k, (row, n) in enumerate(zip(rows, iterations))]
         self._seal(works, rows)
+
+    def _geometry(self, k: int, row: LayerRow) -> Geometry:
+        return Geometry(row, self.itemsize, whole=self.whole_rows[k])
 
     def _work(self, k: int, row: LayerRow, iterations: int) -> Work:
         work = Work(k, self.geometries[k])
@@ -230,7 +246,7 @@ class ForwardSchedule(Schedule):
         geometry = work.geometry
         present = [role is not None for role in geometry.roles]
         outer = present if iterations else [False, False]
-        self._reserve_partials(work, present, outer)
+        self._reserve_partials(work, [p and not geometry.whole for p in present], outer)
         for e, role in enumerate(geometry.roles):
             if role is None:
                 continue
@@ -257,6 +273,8 @@ class ForwardSchedule(Schedule):
         source = STORED if i == 0 else SCALED + (1 - parity)
         if iterations == 0:
             firsts, seconds = self._one_product(work, inner_first | outer_first, common | finish), []
+        elif geometry.whole:
+            firsts, seconds = self._whole(work, source, before, common, finish)
         elif geometry.mixed:
             firsts, seconds = self._layer_wide(work, source, before, common, finish)
         elif inner_first:
@@ -299,6 +317,22 @@ class ForwardSchedule(Schedule):
                 second.add(self._outer_step(work, b, c.outer, mask, RAW + common["parity"], wait, number))
             seconds.append(second)
         return firsts, seconds
+
+    def _whole(self, work: Work, source: int, before: Wait, common: dict, finish: dict):
+        """Both products of whole rows by one tile; what its outer product left is added up when all are there."""
+        geometry, ready = work.geometry, next(self.counter)
+        number = self._block(work, INNER, len(geometry.row_blocks), 0, then=ready, **common)
+        whole = Columns(0, 1, 0, geometry.L, geometry.L)
+        first = Step([], geometry.numel * self.itemsize)
+        for b, (row0, rows) in enumerate(geometry.row_blocks):
+            first.tiles.append(_tile(ROWS, work.k, row0, rows, whole, before, number, 1, source, (b, b)))
+        self._count("rows", first.nbytes)
+        partials = len(geometry.row_blocks) * geometry.L * self.itemsize
+        second = Step([], partials, (first,))
+        for j, c in enumerate(geometry.columns):
+            number = self._column_block(work, c, j, 1, then_target=len(geometry.columns), **common, **finish)
+            second.tiles.append(_tile(COMBINE, work.k, 0, 0, whole, Wait(ready, 1), number, 1, 0))
+        return [first], [second]
 
     def _by_columns(self, work: Work, source: int, before: Wait, common: dict, finish: dict):
         """Outer products first: a group of columns has its inner products once its outer ones are complete."""
@@ -413,7 +447,7 @@ class BackwardSchedule(Schedule):
         work.first, work.steps = first.tiles, [first]
         update = Step([], geometry.numel * self.itemsize, (first,))
         wait = Wait(finish["done"], 1)
-        for row0, rows in geometry.update_blocks:
+        for row0, rows in geometry.row_blocks:
             for c in geometry.columns:
                 update.tiles += [_tile(UPDATE, k, row0, rows, part, wait, -1, 0, SAVED) for part in c.outer]
         work.steps.append(from_the_end(update))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What a tile does.
-INNER, OUTER, VECTORS, SCALE, DOT, UPDATE = range(6)
+# What a tile does. ROWS: both products of whole rows; COMBINE: nothing but to complete its block.
+INNER, OUTER, VECTORS, SCALE, DOT, UPDATE, ROWS, COMBINE = range(8)
 # Where a product reads its vector: as stored, a raw vector of the workspace (of one of two alternating copies), the
 # same times the scale of its iteration, or the vectors in `saved`.
 STORED, RAW, SCALED, SAVED = 0, 1, 3, 5

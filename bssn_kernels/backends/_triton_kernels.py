@@ -1,10 +1,11 @@
 """The Triton kernels: every layer of a group in one launch, forward and backward. The work is data: see _schedule.py.
 
-Reads and writes of full-size arrays, per layer, by phase (partial sums add 1 to 4 %; Schedule.traffic counts the rest):
+Reads and writes of full-size arrays, per layer, by phase (partial sums add 1 to 5 %; Schedule.traffic counts the rest):
 
-    forward   INNER    reads W once per iteration, from HBM where it comes first (after OUTER: from L2)
-              OUTER    reads W once per iteration, from L2 after INNER of the same rows (first: from HBM)
-              SCALE    reads W (evict-first), from L2 where the layer fits; writes W_bar (evict-first)
+    forward   ROWS     reads W once per iteration, for both products, where a program holds whole rows
+              INNER    of other layers: reads W once per iteration
+              OUTER    reads W once per iteration; from L2 if INNER came first and the set of weights fits there
+              SCALE    reads W (evict-first), from L2 under the same condition; writes W_bar (evict-first)
               without an iteration: one INNER pass; directions of contradicting order: each phase twice
     backward  DOT      reads G and W (W evict-first, G stays for UPDATE)
               INNER, OUTER   only through the iteration: read W once more, just after DOT read it
@@ -35,8 +36,9 @@ def _at(fields, *names):
     return found if len(found) > 1 else found[0]
 
 
-INNER, OUTER, VECTORS, SCALE, DOT, UPDATE = (
-    tl.constexpr(kind) for kind in (names.INNER, names.OUTER, names.VECTORS, names.SCALE, names.DOT, names.UPDATE)
+INNER, OUTER, VECTORS, SCALE, DOT, UPDATE, ROWS_WHOLE, COMBINE = (
+    tl.constexpr(getattr(names, kind))
+    for kind in ("INNER", "OUTER", "VECTORS", "SCALE", "DOT", "UPDATE", "ROWS", "COMBINE")
 )
 STORED, RAW, SCALED, SAVED = (tl.constexpr(source) for source in (names.STORED, names.RAW, names.SCALED, names.SAVED))
 
@@ -400,6 +402,67 @@ def _store_spread(e, tp, rp, L, o, sums, m_c, work_ptr):
 
 
 @triton.jit
+def _whole_rows(
+    tp, bp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Both products of a tile of whole rows: s = W x, which is complete, and the part of W^T s that its rows give."""
+    accum: tl.constexpr = work_ptr.dtype.element_ty
+    UNIT: tl.constexpr = 128 // w_ptr.dtype.element_ty.primitive_bitwidth
+    row0, rows, source = tl.load(tp + T_ROW0).to(tl.int64), tl.load(tp + T_ROWS), tl.load(tp + T_SOURCE)
+    L, R = tl.load(lp + L_L).to(tl.int32) // UNIT * UNIT, tl.load(lp + L_R).to(tl.int32)
+    L64, rp, slot = L.to(tl.int64), lp + ROLES_AT, tl.load(tp + T_SLOT0)
+    o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLS)
+    m_c = o_c < L
+    zero = row0 * 0
+    x_ptr, x_stored, _, xq, xr = _source_of(
+        rp, ap, 0, source, True, row0, zero, zero, vector_ptr, saved_ptr, work_ptr, MIXED
+    )
+    # col0 is 0, and a compiler that knew would keep what follows from columns in registers from launch to end. No
+    # division of integers, of which a thread would have 32: numbers below 2^12 are exact without.
+    c = (tl.load(tp + T_COL0) + tl.arange(0, 128))[None, :] + (tl.arange(0, COLS // 128) * 128)[:, None]
+    q = ((c.to(tl.float32) + 0.5) * (1.0 / R.to(tl.float32))).to(tl.int32)
+    o_x = q * xq.to(tl.int32) + (c - q * R) * xr.to(tl.int32)
+    x = _load_vector(x_ptr, x_stored, o_x, c < L, source == STORED, MIXED) * _scale_of(rp, source, double_ptr, accum)
+    x = tl.reshape(x, [COLS])
+    slab = tl.where(tl.load(bp + B_PARITY) != 0, tl.load(rp + R_SLAB_ODD), tl.load(rp + R_SLAB))
+    slab_ptr = work_ptr + slab + row0
+    w_ptr += row0 * L64
+    sums = tl.zeros([ROWS, COLS], dtype=accum)
+    for i in tl.range(0, rows, ROWS, num_stages=STAGES):
+        m_r = i + o_r < rows
+        o = o_r[:, None] * L + o_c[None, :]
+        w = tl.load(w_ptr + i * L64 + o, mask=m_r[:, None] & m_c[None, :], other=0.0).to(accum)
+        s = tl.sum(w * x[None, :], axis=1)
+        tl.store(slab_ptr + i + o_r, s, mask=m_r)
+        sums = tl.fma(w, s[:, None], sums)
+    # Room for partial sums begins at multiples of 16 numbers, and so these are stored as the weight is read.
+    part = tl.load(rp + R_OUTER_PARTIAL) // 16 * 16 + slot * L64
+    tl.store(work_ptr + part + o_c, tl.sum(sums, axis=0), mask=m_c)
+    tl.debug_barrier()
+    o = tl.arange(0, 128)
+    squares = tl.zeros([128], dtype=tl.float64)
+    for i in range(0, rows, 128):
+        s = tl.load(slab_ptr + i + o, mask=i + o < rows, other=0.0).to(tl.float64)
+        squares += s * s
+    tl.store(double_ptr + tl.load(rp + R_INNER_SHARES) + slot, tl.sum(squares, axis=0))
+
+
+@triton.jit
+def _whole(
+    tp, bp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """A tile of whole rows: one of them at once, or four if they are short."""
+    if tl.load(lp + L_L) <= WHOLE // 4:
+        _whole_rows(
+            tp, bp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr, 4, WHOLE // 4, STAGES, MIXED
+        )
+    else:
+        _whole_rows(tp, bp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr, 1, WHOLE, STAGES, MIXED)
+
+
+@triton.jit
 def _unaligned(
     kind, e, place, tp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
     ROWS: tl.constexpr, COLS: tl.constexpr, GENERAL: tl.constexpr, MIXED: tl.constexpr,
@@ -728,8 +791,8 @@ def _scale(tp, w_ptr, out_ptr, multiplier, BLOCK: tl.constexpr):
 def forward_kernel(
     tile_ptr, block_ptr, layer_ptr, vectors_ptr, float_ptr, address_ptr, weight_ptr, vector_ptr, gain_ptr, out_ptrs,
     saved_ptr, work_ptr, double_ptr, counter_ptr, n_tiles, n_programs, n_counters,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, GENERAL: tl.constexpr,
-    MIXED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE_STAGES: tl.constexpr, GENERAL: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Power iterations, sigmas, multipliers, new vectors and W_bar of all layers; see ForwardSchedule."""
     UNIT: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -755,10 +818,17 @@ def forward_kernel(
                 else:
                     _scale(tp, weight_ptr + distance, out_ptr, multiplier, BLOCK // 2)
             else:
-                _product(
-                    kind, tp, lp, ap, weight_ptr, distance, vector_ptr, saved_ptr, work_ptr, double_ptr,
-                    ROWS, COLS, STAGES, GENERAL, MIXED,
-                )  # fmt: skip
+                if kind == ROWS_WHOLE:
+                    w_ptr = weight_ptr + distance // UNIT * UNIT
+                    _whole(
+                        tp, bp, lp, ap, w_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr,
+                        WHOLE, WHOLE_STAGES, MIXED,
+                    )  # fmt: skip
+                elif kind != COMBINE:
+                    _product(
+                        kind, tp, lp, ap, weight_ptr, distance, vector_ptr, saved_ptr, work_ptr, double_ptr,
+                        ROWS, COLS, STAGES, GENERAL, MIXED,
+                    )  # fmt: skip
                 _arrive(
                     bp, counter, lp, ap, fp, vector_ptr, gain_ptr, saved_ptr, saved_ptr, work_ptr, double_ptr,
                     counter_ptr, k, True, True,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bssn_kernels.backends._geometry import COLS, ROWS
+from bssn_kernels.backends._geometry import COLS, ROWS, WHOLE_ROWS
 from bssn_kernels.backends._launch import Launch, State, alike, counters_of, layer_reason, on
 from bssn_kernels.backends._schedule import Schedule
 from bssn_kernels.plan import LayerSpec, accumulation_dtype
@@ -35,6 +35,7 @@ class Config:
         registers: most per thread; programs: per SM, as many as those registers let reside. More would only wait.
         stages: of the loads of the products, through cp.async: all but one of them are on their way, 8 KiB each, 4 in
             half precision.
+        whole_stages: the same of whole rows, 16 KiB each, 8 in half precision.
         step: bytes that the scale pass reads at once, and twice as many as the backward's flat passes do.
         warps: per program. 4 warps read a block of 8 x 256 numbers in four 16-byte accesses per thread.
     """
@@ -42,6 +43,7 @@ class Config:
     registers: int
     programs: int
     stages: int
+    whole_stages: int = 3
     step: int = 16384
     warps: int = 4
 
@@ -49,19 +51,19 @@ class Config:
 # By whether a kernel has products in two directions or in float64. Registers are the smallest bound under which Triton
 # 3.9 spills nothing on sm_80, sm_90 and sm_100 (3.6 spills some), the 65,536 of an SM shared among programs of 128
 # threads. Stages: an SM of an H200 takes 33 KB from HBM in a microsecond and 45 from L2, which is about how long a read
-# is on its way, and about half of the programs stream at once; they have 128 KB on their way, and with two directions,
-# which have no registers for more, 72. Measured there, while HBM gave every read: one direction with three stages and
-# steps of 8 KiB (64 KB) ran at the speed of a copy, and longer steps changed nothing (benchmarks/results/
-# gpu_h200_tuning.jsonl); two directions had 24 KB, and took twice as long as one. tests/test_triton_compiled.py checks
-# registers, memory and bytes.
+# is on its way, and about half of the programs stream at once; they have 128 KB on their way, of whole rows too, and
+# with two directions, which have no registers for more, 72. Measured there, while HBM gave every read: one direction
+# with three stages and steps of 8 KiB (64 KB) ran at the speed of a copy, and longer steps changed nothing (benchmarks/
+# results/gpu_h200_tuning.jsonl); two directions had 24 KB, and took twice as long as one. tests/test_triton_compiled.py
+# checks registers, memory and bytes.
 HOPPER = {
     False: Config(registers=128, programs=4, stages=5),
     True: Config(registers=168, programs=3, stages=4),
 }
 # Less bandwidth; less shared memory too, 164 KiB of an SM and then 100; no cp.async.
 AMPERE = {False: replace(HOPPER[False], stages=4), True: replace(HOPPER[True], stages=3)}
-ADA = {False: replace(HOPPER[False], stages=3), True: replace(HOPPER[True], stages=3)}
-TURING = {key: replace(config, stages=1) for key, config in HOPPER.items()}
+ADA = {False: replace(HOPPER[False], stages=3, whole_stages=2), True: replace(HOPPER[True], stages=3, whole_stages=2)}
+TURING = {key: replace(config, stages=1, whole_stages=1) for key, config in HOPPER.items()}
 ADA_DEVICES = ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
@@ -78,21 +80,22 @@ def config_of(capability: tuple[int, int], products: bool, general: bool, more: 
     Args:
         products: it has products: forward, and backward through the iteration.
         general: it has two directions.
-        more: something else that takes registers: vectors of another dtype, or the gradient through the iteration; two
-            directions in float64 take as many.
+        more: something else that takes registers: vectors of another dtype, or the gradient through the iteration. Two
+            directions in float64 take as many, and one in half precision.
         itemsize: of the weights. In half precision a stage has half the bytes.
     """
     large = products and (general or itemsize == 8)
-    more = more or (general and itemsize == 8)
-    return _adapted(family_of(capability)[large], large, more, itemsize)
+    more = more or (products and itemsize == (8 if general else 2))
+    return _adapted(family_of(capability)[large], large, more, itemsize == 2)
 
 
 @cache
-def _adapted(config: Config, large: bool, more: bool, itemsize: int) -> Config:
-    if large and more:
-        config = replace(config, registers=255, programs=2)
-    if itemsize == 2 and config.stages > 1:
-        config = replace(config, stages=config.stages + 1 if large else 2 * config.stages - 1)
+def _adapted(config: Config, large: bool, more: bool, half: bool) -> Config:
+    if more:
+        config = replace(config, registers=255, programs=2) if large else replace(config, registers=168, programs=3)
+    if half and config.stages > 1:
+        config = replace(config, stages=config.stages if large else 2 * config.stages - 1)
+        config = replace(config, whole_stages=2 * config.whole_stages - 1)
     return config
 
 
@@ -100,6 +103,8 @@ def settings_of(config: Config, forward: bool, itemsize: int) -> tuple[dict[str,
     """What a kernel is compiled with: its constants, and the compiler's options."""
     block = config.step // (1 if forward else 2) // itemsize
     constants = {"ROWS": ROWS, "COLS": COLS[itemsize], "STAGES": config.stages, "BLOCK": block}
+    if forward:
+        constants |= {"WHOLE": WHOLE_ROWS[itemsize][1], "WHOLE_STAGES": config.whole_stages}
     return constants, {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": False}
 
 
@@ -195,7 +200,8 @@ class TritonBackend:
         with on(device) as stream:
             mixed = bool(vectors) and vectors[0].dtype != accum
             programs = partial(_resident, True, device, mixed=mixed)
-            launch = state.forward(tuple(iterations), dtype.itemsize, device, programs)
+            aligned = tuple(w.data_ptr() % 16 == 0 for w in weights)
+            launch = state.forward(tuple(iterations), dtype.itemsize, device, programs, whole_rows=aligned)
             addresses = state.addresses(("forward",), weights, vectors, gains, stream)
             saved = torch.empty(saved_numel, dtype=accum, device=device)
             outs = [torch.empty_like(w, dtype=output_dtype or dtype) for w in weights]

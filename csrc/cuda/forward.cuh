@@ -12,8 +12,7 @@
 // tiles in hand, and 27 us passed from the first read of a row block to the first that may follow it, in which HBM moves
 // twice what L2 holds. What the order of tiles did is that nobody waited meanwhile; before it did, the same kernel took
 // 0.82 ms. A tile took 16 us, 6 of which are not streaming: its tables, the vectors into shared memory, and the count at
-// its end. BSSN took 0.63 ms. Since then the tiles of first products are a third as large and second products follow them
-// sooner, by a model of the device soon enough for L2 (tests/played.py); that has not been measured.
+// its end. BSSN took 0.63 ms.
 #pragma once
 
 #include "../algebra.h"
