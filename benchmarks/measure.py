@@ -189,6 +189,13 @@ def bandwidths(measured: Measured) -> dict[str, float]:
     return found
 
 
+def provider_names(cases: Sequence[Case], args: argparse.Namespace) -> list[str]:
+    """What ``--provider`` takes for these cases."""
+    device = torch.device(args.device)
+    found = [p.name for case in cases for p in providers_of(device, case, args.backend)]
+    return list(dict.fromkeys(found))
+
+
 def measure(case: Case, args: argparse.Namespace, without: Sequence[str], say: Say) -> dict[str, Any]:
     """The record of one case, measured in this process."""
     start = time.perf_counter()

@@ -31,7 +31,7 @@ import torch
 from benchmarks.breakdown import breakdown_table, measure_breakdown
 from benchmarks.child import Say, apart
 from benchmarks.compare import compare
-from benchmarks.measure import measure, run_child
+from benchmarks.measure import measure, provider_names, run_child
 from benchmarks.models import MODELS
 from benchmarks.report import LEGEND, dump, load, progress, summary
 from benchmarks.results import write_results
@@ -195,6 +195,9 @@ def check(args: argparse.Namespace) -> None:
         except ImportError as error:
             raise UsageError("--plots needs matplotlib: pip install '.[bench]'") from error
     backend_names(args.backend, args.device)
+    known = provider_names(asked_cases(args), args)
+    if unknown := [name for name in args.provider or () if name not in known]:
+        raise UsageError(f"--provider: expected some of {', '.join(known)}; got {', '.join(unknown)}")
 
 
 def measure_all(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:

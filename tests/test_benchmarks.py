@@ -160,6 +160,13 @@ def test_what_the_file_says_of_its_origin(tmp_path):
         report.load(bad)
 
 
+def test_unknown_providers(capsys):
+    """They would leave a table without the row that was asked for."""
+    assert run.main(["tables", "--workload", "tiny", "--provider", "hook", "cudda"]) == 2
+    said = capsys.readouterr().err
+    assert "expected some of parametrization, hook, foreach, " in said and said.strip().endswith("got cudda")
+
+
 def test_learnable_gains_are_compared_too(tmp_path):
     code, (case,) = measured(tmp_path, "--workload", "gained")
     rows = by_label(case)
