@@ -11,7 +11,7 @@ import torch
 from schedule_model import Model, products
 from test_random_groups import layer_drafts
 
-from bssn_kernels.backends import _order, _tables
+from bssn_kernels.backends import _geometry, _order, _tables
 from bssn_kernels.backends._launch import machine_of
 from bssn_kernels.backends._order import Machine
 from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule
@@ -237,6 +237,24 @@ def test_workspace_and_traffic(workload, layout, dtype):
             assert backward.traffic["dot"] == 2 * nbytes
             assert backward.traffic["update"] == backward.traffic["written"] == nbytes
             assert len(forward.tiles) < 25_000
+
+
+@pytest.mark.parametrize("itemsize", [8, 4, 2])
+@pytest.mark.parametrize("shape", [(10239, 4096), (11008, 4096), (14336, 4096), (65536, 1024), (10**5, 256), (9, 4096)])
+def test_whole_rows_have_room_and_few_terms(shape, itemsize):
+    """Many rows have more or larger tiles, as long as partial sums have room and no sum has too many terms."""
+    dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[itemsize]
+    specs = [LayerSpec.of(torch.empty(shape, dtype=dtype, device="meta")) for _ in range(4)]
+    rows, _ = rows_of(specs)
+    schedule = ForwardSchedule(rows, [1] * 4, itemsize, whole_rows=[True] * 4)
+    taken = schedule.workspace * max(itemsize, 4) + schedule.doubles * 8 + schedule.n_counters * 32
+    assert taken <= max(0.02 * 4 * specs[0].shape[0] * specs[0].shape[1] * itemsize, 8 << 20)
+    for geometry in schedule.geometries:
+        longest = _geometry.WHOLE_ROWS[itemsize][1]
+        at_once = 1 if longest // 4 < geometry.L else 4
+        too_many = shape == (14336, 4096) or (shape == (65536, 1024) and itemsize == 8)
+        assert geometry.whole == (longest >= geometry.L and not too_many)
+        assert not geometry.whole or max(n for _, n in geometry.row_blocks) <= _geometry.WHOLE_TERMS * at_once
 
 
 def test_the_order_of_sums_depends_on_the_layer_alone():

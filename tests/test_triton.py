@@ -74,6 +74,29 @@ def test_whole_rows():
     assert read == [(large, small, small), (0, large + small, small), (0, large + small, large + small)]
 
 
+@pytest.mark.parametrize("layer", ["rows_576", "rows_1032"])
+def test_whole_rows_with_vectors_of_another_dtype(layer):
+    """Vectors in bfloat16 are read as what they are in float32."""
+    built = build(Case(layer, layout="channels_last" if layer == "rows_576" else "contiguous"))
+    plan = functional.make_plan([built.spec], "triton")
+    halves = [x.bfloat16() for x in built.vectors]
+    found = functional.spectral_normalize([built.weight.detach()], halves, plan, 2)
+    expected = functional.spectral_normalize([built.weight.detach()], [x.float() for x in halves], plan, 2)
+    assert "rows" in schedules(plan)[0]
+    assert torch.equal(found.saved, expected.saved) and torch.equal(found.weights[0], expected.weights[0])
+
+
+def test_alignment_counts_where_rows_are_whole():
+    """Elsewhere it makes no other launch."""
+    weights = [torch.randn(33, 20), torch.randn(33, 20)]
+    plan = functional.plan_for(weights, backend="triton")
+    vectors = [torch.randn(n) for n in plan.sizes]
+    for _ in range(2):
+        functional.spectral_normalize(weights, vectors, plan)
+        weights[0] = lay_out(weights[0], "offset")
+    assert len(schedules(plan)) == 1
+
+
 def test_launches_in_a_row():
     """A plan's second call computes what its first did."""
     layer = build(Case("conv2d", variant="bssn", iterations=2))

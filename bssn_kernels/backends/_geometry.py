@@ -32,8 +32,10 @@ GROUP_ELEMENTS = 1 << 21  # of a group of columns: 8 MB of fp32 stay in L2 betwe
 FLAT = 1024  # flat tiles begin at multiples of this
 # Tiles of whole rows: shortest and longest row, by bytes of a number; a program holds a row, its vector and its sums.
 WHOLE_ROWS = {8: (128, 2048), 4: (256, 4096), 2: (256, 4096)}
-WHOLE_TILES, MOST_WHOLE_TILES = 32, 256  # that a layer gets, about, and at most, for their partial sums take room
+WHOLE_TILES = 32  # that a layer gets, about
 LARGEST_WHOLE = 1 << 17  # elements of one, as long as there are not too many
+WHOLE_PARTIALS = 3 << 20  # bytes of a layer's partial sums
+WHOLE_TERMS = 64  # that a program adds one after the other in fp32: a step has one row, or four that are short
 COMBINED = 256  # columns whose partial sums one tile adds up
 LONGEST_ROW = 1 << 23  # elements: places within a tile, of up to 128 rows, are 32-bit numbers
 
@@ -137,8 +139,9 @@ class Geometry:
         alone = inner == 1 and not outer and self.roles[0].axis == 0
         self.whole = whole and alone and shortest <= self.L <= longest and self.L % unit == 0
         if self.whole:
-            self._cut_whole()
-        else:
+            at_once = 1 if longest // 4 < self.L else 4
+            self.whole = self._cut_whole(max(itemsize, 4), WHOLE_TERMS * at_once)
+        if not self.whole:
             self._cut()
 
     @property
@@ -201,13 +204,17 @@ class Geometry:
         self.flat_tile = ceil_div(elements, FLAT) * FLAT
         return elements
 
-    def _cut_whole(self) -> None:
+    def _cut_whole(self, accumulation: int, most: int) -> bool:
+        """Whether tiles of at most so many rows are few enough for the room of their partial sums."""
         self._flat()
-        numel = max(min(self.numel // WHOLE_TILES, LARGEST_WHOLE), self.numel // MOST_WHOLE_TILES)
-        self.row_blocks = _pieces(self.P, max(numel // self.L // ROWS * ROWS, ROWS))
+        tiles = WHOLE_PARTIALS // (self.L * accumulation)
+        least = ceil_div(ceil_div(self.P, tiles), ROWS) * ROWS
+        usual = min(self.numel // WHOLE_TILES, LARGEST_WHOLE) // self.L // ROWS * ROWS
+        self.row_blocks = _pieces(self.P, max(min(usual, most), least))
         cuts = _pieces(self.L, COMBINED)
         self.columns = [ColumnBlock((), ((col0, n), (0, 0)), 1) for col0, n in cuts]
         self.slots = 0, 0
+        return least <= most
 
     def _cut(self) -> None:
         elements = self._flat()

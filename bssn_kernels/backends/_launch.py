@@ -14,7 +14,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from bssn_kernels.backends._geometry import LONGEST_ROW
+from bssn_kernels.backends._geometry import LONGEST_ROW, Geometry
 from bssn_kernels.backends._order import Machine
 from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule, Schedule
 from bssn_kernels.backends._tables import ADDRESSES
@@ -174,6 +174,7 @@ class State:
     def __init__(self, table: Tensor) -> None:
         self.rows = layer_rows(table)
         self.names: Sequence[str] = table.__dict__.get("names", ())
+        self._may_be_whole: list[bool] = []
         self._launches: dict[tuple, Launch] = {}
         self._addresses: dict[tuple, Addresses] = {}
 
@@ -189,6 +190,16 @@ class State:
     def anchor(dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor of this type at a multiple of 16 bytes, from which distances are counted."""
         return torch.zeros(64, dtype=dtype, device=device)
+
+    def whole_rows(self, weights: Sequence[Tensor], iterations: Sequence[int]) -> tuple[bool, ...]:
+        """The layers that have tiles of whole rows, for kernels that know them: where rows have the length for it and
+        the weight stands at a multiple of 16 bytes.
+        """
+        if not self._may_be_whole:
+            itemsize = weights[0].dtype.itemsize
+            self._may_be_whole = [Geometry(row, itemsize, whole=True).whole for row in self.rows]
+        each = zip(self._may_be_whole, iterations, weights)
+        return tuple(may and n > 0 and w.data_ptr() % 16 == 0 for may, n, w in each)
 
     def forward(
         self,

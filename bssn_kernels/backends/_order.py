@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Protocol
 
-from bssn_kernels.backends._geometry import Geometry
+from bssn_kernels.backends._geometry import WHOLE_PARTIALS, Geometry
 from bssn_kernels.backends._tables import BLOCK_FIELDS, TILE_FIELDS, Arena
 
 # What a launch is played with, in microseconds, measured on an H200.
@@ -29,7 +29,7 @@ L2_SHARE = 2 / 3  # of L2, for weights on their way
 SCALE_SHARE = 2.0  # bytes of products for each byte of scale passes, while there are both
 CREDIT = float(4 << 20)  # by how many bytes one of the two may be ahead
 SMALL = 1 << 20  # bytes of a layer that is begun before all others
-RING = 6 << 20  # bytes of partial sums in two batches of layers, which are alive at once
+RING = 2 * WHOLE_PARTIALS  # bytes of partial sums in two batches of layers, which are alive at once
 
 
 @dataclass(frozen=True)

@@ -327,7 +327,7 @@ class ForwardSchedule(Schedule):
         for b, (row0, rows) in enumerate(geometry.row_blocks):
             first.tiles.append(_tile(ROWS, work.k, row0, rows, whole, before, number, 1, source, (b, b)))
         self._count("rows", first.nbytes)
-        partials = len(geometry.row_blocks) * geometry.L * self.itemsize
+        partials = len(geometry.row_blocks) * geometry.L * max(self.itemsize, 4)
         second = Step([], partials, (first,))
         for j, c in enumerate(geometry.columns):
             number = self._column_block(work, c, j, 1, then_target=len(geometry.columns), **common, **finish)

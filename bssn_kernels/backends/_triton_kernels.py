@@ -1,6 +1,6 @@
 """The Triton kernels: every layer of a group in one launch, forward and backward. The work is data: see _schedule.py.
 
-Reads and writes of full-size arrays, per layer, by phase (partial sums add 1 to 5 %; Schedule.traffic counts the rest):
+Reads and writes of full-size arrays, per layer, by phase (partial sums add 1 to 8 %; Schedule.traffic counts the rest):
 
     forward   ROWS     reads W once per iteration, for both products, where a program holds whole rows
               INNER    of other layers: reads W once per iteration

@@ -91,8 +91,10 @@ def config_of(capability: tuple[int, int], products: bool, general: bool, more: 
 
 @cache
 def _adapted(config: Config, large: bool, more: bool, half: bool) -> Config:
-    if more:
-        config = replace(config, registers=255, programs=2) if large else replace(config, registers=168, programs=3)
+    if more and large:
+        config = replace(config, registers=255, programs=2)
+    elif more:  # a program less, with a stage more
+        config = replace(config, registers=168, programs=3, stages=config.stages + (config.stages > 1))
     if half and config.stages > 1:
         config = replace(config, stages=config.stages if large else 2 * config.stages - 1)
         config = replace(config, whole_stages=2 * config.whole_stages - 1)
@@ -200,8 +202,8 @@ class TritonBackend:
         with on(device) as stream:
             mixed = bool(vectors) and vectors[0].dtype != accum
             programs = partial(_resident, True, device, mixed=mixed)
-            aligned = tuple(w.data_ptr() % 16 == 0 for w in weights)
-            launch = state.forward(tuple(iterations), dtype.itemsize, device, programs, whole_rows=aligned)
+            whole_rows = state.whole_rows(weights, iterations)
+            launch = state.forward(tuple(iterations), dtype.itemsize, device, programs, whole_rows)
             addresses = state.addresses(("forward",), weights, vectors, gains, stream)
             saved = torch.empty(saved_numel, dtype=accum, device=device)
             outs = [torch.empty_like(w, dtype=output_dtype or dtype) for w in weights]
