@@ -195,7 +195,7 @@ def check(args: argparse.Namespace) -> None:
         except ImportError as error:
             raise UsageError("--plots needs matplotlib: pip install '.[bench]'") from error
     backend_names(args.backend, args.device)
-    known = provider_names(asked_cases(args), args)
+    known = provider_names(asked_cases(args), args) if args.provider else []
     if unknown := [name for name in args.provider or () if name not in known]:
         raise UsageError(f"--provider: expected some of {', '.join(known)}; got {', '.join(unknown)}")
 

@@ -135,14 +135,14 @@ class Geometry:
         outer = sum(1 << e for e, role in enumerate(self.roles) if role and not role.inner_first)
         self.masks = inner, outer
         self.columns_first, self.mixed = not inner, bool(inner and outer)
-        shortest, longest = WHOLE_ROWS[itemsize]
-        alone = inner == 1 and not outer and self.roles[0].axis == 0
-        self.whole = whole and alone and shortest <= self.L <= longest and self.L % unit == 0
+        elements = min(max(self.numel // TILES, SMALLEST_TILE), LARGEST_TILE)
+        self.flat_tile = ceil_div(elements, FLAT) * FLAT
+        rows = self._rows_of_whole_tiles(itemsize) if whole else 0
+        self.whole = rows > 0
         if self.whole:
-            at_once = 1 if longest // 4 < self.L else 4
-            self.whole = self._cut_whole(max(itemsize, 4), WHOLE_TERMS * at_once)
-        if not self.whole:
-            self._cut()
+            self._cut_whole(rows)
+        else:
+            self._cut(elements)
 
     @property
     def general(self) -> bool:
@@ -199,25 +199,25 @@ class Geometry:
                 role and (replace(role, modulus=0) if role.axis == 1 else role) for role in self.roles
             )
 
-    def _flat(self) -> int:
-        elements = min(max(self.numel // TILES, SMALLEST_TILE), LARGEST_TILE)
-        self.flat_tile = ceil_div(elements, FLAT) * FLAT
-        return elements
-
-    def _cut_whole(self, accumulation: int, most: int) -> bool:
-        """Whether tiles of at most so many rows are few enough for the room of their partial sums."""
-        self._flat()
-        tiles = WHOLE_PARTIALS // (self.L * accumulation)
+    def _rows_of_whole_tiles(self, itemsize: int) -> int:
+        """0 where there can be none: rows too short, too long, or so many that sums have too many terms or no room."""
+        shortest, longest = WHOLE_ROWS[itemsize]
+        alone = self.masks == (1, 0) and self.roles[0].axis == 0
+        if not (alone and shortest <= self.L <= longest and self.L * itemsize % 16 == 0):
+            return 0
+        most = WHOLE_TERMS * (1 if longest // 4 < self.L else 4)
+        tiles = WHOLE_PARTIALS // (self.L * max(itemsize, 4))
         least = ceil_div(ceil_div(self.P, tiles), ROWS) * ROWS
         usual = min(self.numel // WHOLE_TILES, LARGEST_WHOLE) // self.L // ROWS * ROWS
-        self.row_blocks = _pieces(self.P, max(min(usual, most), least))
+        return max(min(usual, most), least) if least <= most else 0
+
+    def _cut_whole(self, rows: int) -> None:
+        self.row_blocks = _pieces(self.P, rows)
         cuts = _pieces(self.L, COMBINED)
         self.columns = [ColumnBlock((), ((col0, n), (0, 0)), 1) for col0, n in cuts]
         self.slots = 0, 0
-        return least <= most
 
-    def _cut(self) -> None:
-        elements = self._flat()
+    def _cut(self, elements: int) -> None:
         wide = min(self.L, self.chunk)
         most = GROUP_ROWS if self.widest <= self.L else TALL_ROWS
         T = min(max(elements // max(wide, 1) // ROWS * ROWS, ROWS), most)
