@@ -1,15 +1,22 @@
 """Random groups: a layer gets the same bits in any group, at any place in it, on any number of threads."""
 
+import importlib.util
+import os
+import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import hypothesis
 import hypothesis.strategies as st
+import model
 import pytest
 import torch
 from drafts import Layer, assert_same_bits, draft_of, run
 from torch import Tensor
 from zoo import DTYPES, SHORT, home, interpreted, layouts, on_threads
 
+from bssn_kernels.backends import cpu
 from bssn_kernels.variants import Variant, semantics_names
 
 pytestmark = pytest.mark.device
@@ -98,6 +105,65 @@ def test_large_layers_on_threads(dtype):
         with on_threads(count):
             found = run([Layer(draft, dtype) for draft in reversed(drafts)], "cpu")
         assert_same_bits(found[::-1], expected)
+
+
+FEW_CHANNELS = [
+    *[(shape, "contiguous") for shape in ((512, 3, 7, 7), (4096, 2, 3, 3), (700, 1, 5, 5), (9000, 3))],
+    *[(shape, "channels_last") for shape in ((64, 3, 7, 7), (64, 2, 11, 11), (3000, 3, 3, 3), (40, 3, 5, 5, 5))],
+]
+
+
+@pytest.mark.parametrize("iterations", [0, 1])
+@pytest.mark.parametrize(("shape", "layout"), FEW_CHANNELS, ids=str)
+def test_few_channels_on_threads(shape, layout, iterations):
+    """A layer alone, whose rows are shorter than what four of them give; several tiles; right and always the same."""
+    draft = draft_of(shape, 3, layout=layout, iterations=iterations)
+    expected = run([Layer(draft, torch.float32)], "reference")[0]
+    with on_threads(1):
+        first = run([Layer(draft, torch.float32)], "cpu")
+    for x, y in zip(first[0], expected):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
+    for count in (2, 3, 7, 2, 2, 2):
+        with on_threads(count):
+            assert_same_bits(run([Layer(draft, torch.float32)], "cpu"), first)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory) -> ModuleType:
+    """The compiled part, for any processor, with guards in its workspace."""
+    if not model.compiler():
+        (pytest.fail if os.environ.get("BSSN_STRICT") == "1" else pytest.skip)("no C++ compiler")
+    import pybind11
+
+    csrc, target = model.ROOT / "csrc", tmp_path_factory.mktemp("guarded") / "_cpu.so"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-DBSSN_GUARD", "-DBSSN_ISA=plain", f"-I{csrc}"]
+    flags += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    command = [model.compiler(), *flags, *map(str, sorted((csrc / "cpu").glob("*.cpp"))), "-o", str(target)]
+    subprocess.run(command, check=True)
+    # Under a name of its own: pybind11 gives a second module of the same name out as the first.
+    spec = importlib.util.spec_from_file_location("guarded._cpu", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("shape", "layout"), FEW_CHANNELS, ids=str)
+def test_nothing_is_written_outside_of_its_place(guarded, monkeypatch, shape, layout):
+    monkeypatch.setattr(cpu, "_load", lambda: (guarded, ""))
+    for semantics in semantics_names():
+        for iterations in (0, 1, 2):
+            draft = draft_of(shape, 3, layout=layout, iterations=iterations, semantics=semantics)
+            run([Layer(draft, torch.float32)], "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@hypothesis.settings(max_examples=100, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(draft=layer_drafts(), other=layer_drafts())
+def test_no_layer_writes_outside_of_its_place(guarded, monkeypatch, dtype, draft, other):
+    """Alone, where no larger layer's memory hides it, and beside another one; eval too, whatever was drawn."""
+    monkeypatch.setattr(cpu, "_load", lambda: (guarded, ""))
+    for drafts in ([draft], [{**draft, "iterations": 0}], [draft, other]):
+        run([Layer(one, dtype) for one in drafts], "cpu")
 
 
 def test_python_threads(fused_backend):

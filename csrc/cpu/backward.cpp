@@ -130,6 +130,7 @@ class Backward {
         [&](int64_t k, int stage, int) {
           if (stage == 1) combine(order_[k]);
         });
+    workspace_.check();
   }
 
  private:
@@ -182,14 +183,12 @@ class Backward {
     order_.resize(layers_);
     std::iota(order_.begin(), order_.end(), 0);
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return elements(a) > elements(b); });
-    spread_scratch_ = workspace_.reserve<A>(threads_ * 2 * round_up(row_length_, 16));
-    scratch_ = workspace_.reserve<A>(threads_ * round_up(scratch_length_, 16));
+    spread_scratch_ = workspace_.template reserve<A>(row_length_, 2 * threads_);
+    scratch_ = workspace_.template reserve<A>(scratch_length_, threads_);
   }
 
-  A* spread_scratch(int thread, int d) const {
-    return workspace_.at<A>(spread_scratch_) + (2 * thread + d) * round_up(row_length_, 16);
-  }
-  A* scratch(int thread) const { return workspace_.at<A>(scratch_) + thread * round_up(scratch_length_, 16); }
+  A* spread_scratch(int thread, int d) const { return workspace_.template at<A>(spread_scratch_, 2 * thread + d); }
+  A* scratch(int thread) const { return workspace_.template at<A>(scratch_, thread); }
 
   static void to_spread(const Direction& d, const A* from, A* spread) {
     if (d.row_axis == 0) {
@@ -373,7 +372,8 @@ class Backward {
   std::vector<State<A>> states_;
   std::vector<int64_t> order_;
   Workspace workspace_;
-  int64_t row_length_ = 0, scratch_length_ = 0, spread_scratch_ = 0, scratch_ = 0;
+  int64_t row_length_ = 0, scratch_length_ = 0;
+  Workspace::Pieces spread_scratch_, scratch_;
 };
 
 }  // namespace

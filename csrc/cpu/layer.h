@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "tables.h"
@@ -113,18 +115,39 @@ static inline double sum_of_squares(const A* x, int64_t n) {
   return sum;
 }
 
-// Memory of one call, cut into pieces of whole cache lines.
+// Memory of one call, cut into pieces of whole cache lines. With BSSN_GUARD, for tests, a line that nobody may write to
+// follows each piece.
 class Workspace {
  public:
+  // Pieces of one size.
+  struct Pieces {
+    int64_t at = 0, bytes = 0;
+  };
+
   template <class T>
   int64_t reserve(int64_t n) {
     const int64_t at = bytes_;
     bytes_ += round_up(n * int64_t(sizeof(T)), 64);
+#if defined(BSSN_GUARD)
+    guards_.push_back(bytes_);
+    bytes_ += 64;
+#endif
     return at;
+  }
+  template <class T>
+  Pieces reserve(int64_t n, int64_t pieces) {
+    Pieces found{bytes_, 0};
+    for (int64_t i = 0; i < pieces; ++i) reserve<T>(n);
+    if (pieces) found.bytes = (bytes_ - found.at) / pieces;
+    return found;
   }
   template <class T>
   T* at(int64_t offset) const {
     return reinterpret_cast<T*>(base_ + offset);
+  }
+  template <class T>
+  T* at(const Pieces& pieces, int64_t i) const {
+    return at<T>(pieces.at + i * pieces.bytes);
   }
   // Kept by the calling thread for its next call: fresh pages would cost more than the arithmetic of a small group.
   void allocate() {
@@ -135,11 +158,26 @@ class Workspace {
       memory.resize(bytes_ + 64);
     }
     base_ = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+#if defined(BSSN_GUARD)
+    for (int64_t guard : guards_) std::fill_n(base_ + guard, 64, char(0xA5));
+#endif
+  }
+  // At the end of a call.
+  void check() const {
+#if defined(BSSN_GUARD)
+    for (int64_t guard : guards_)
+      if (std::count(base_ + guard, base_ + guard + 64, char(0xA5)) != 64)
+        throw std::logic_error("something was written behind the piece of the workspace that ends at byte " +
+                               std::to_string(guard));
+#endif
   }
 
  private:
   int64_t bytes_ = 0;
   char* base_ = nullptr;
+#if defined(BSSN_GUARD)
+  std::vector<int64_t> guards_;
+#endif
 };
 
 }  // namespace BSSN_ISA

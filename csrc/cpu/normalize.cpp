@@ -92,6 +92,7 @@ class Forward {
         [&](int64_t k, int stage, int) {
           if (stage > 0 && stage <= int(states_[order_[k]].passes.size())) combine(order_[k], stage - 1);
         });
+    workspace_.check();
   }
 
  private:
@@ -120,14 +121,13 @@ class Forward {
       vectors += 2 * row(l).directions;
       total += elements(l);
       s.tiling = tiling(row(l));
-      int64_t row_length = 0;
       for (int d = 0; d < row(l).directions; ++d) {
         s.direction[d] = Direction(row(l), row(l).direction[d]);
-        row_length = s.direction[d].L;
+        row_length_ = std::max(row_length_, s.direction[d].L);
+        if (call_.iterations[l] == 0) sums_length_ = std::max(sums_length_, 4 * s.direction[d].classes);
         scratch_length_ = std::max(scratch_length_, scratch_size<A>(s.direction[d]));
       }
       s.passes = plan_passes(row(l), s.direction, s.tiling, call_.iterations[l]);
-      row_length_ = std::max(row_length_, row_length);
       for (int d = 0; d < row(l).directions; ++d) reserve(s, d, call_.iterations[l] == 0);
     }
     threads_ = int(std::min<int64_t>(call_.threads, 1 + total / 32768));
@@ -135,8 +135,9 @@ class Forward {
     order_.resize(layers_);
     std::iota(order_.begin(), order_.end(), 0);
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return elements(a) > elements(b); });
-    spread_scratch_ = workspace_.reserve<A>(threads_ * 2 * round_up(row_length_, 16));
-    scratch_ = workspace_.reserve<A>(threads_ * round_up(scratch_length_, 16));
+    spread_scratch_ = workspace_.template reserve<A>(row_length_, 2 * threads_);
+    scratch_ = workspace_.template reserve<A>(scratch_length_, threads_);
+    sums_ = workspace_.template reserve<A>(sums_length_, threads_);
   }
 
   void reserve(State<A>& s, int d, bool eval) {
@@ -152,10 +153,10 @@ class Forward {
                                       : workspace_.reserve<A>(s.tiling.row_tiles * direction.spread_size);
   }
 
-  A* spread_scratch(int thread, int d) const {
-    return workspace_.at<A>(spread_scratch_) + (2 * thread + d) * round_up(row_length_, 16);
-  }
-  A* scratch(int thread) const { return workspace_.at<A>(scratch_) + thread * round_up(scratch_length_, 16); }
+  A* spread_scratch(int thread, int d) const { return workspace_.template at<A>(spread_scratch_, 2 * thread + d); }
+  A* scratch(int thread) const { return workspace_.template at<A>(scratch_, thread); }
+  // Inner products of four rows, which an evaluation does not keep: more numbers than a row has where channels are few.
+  A* sums(int thread) const { return workspace_.template at<A>(sums_, thread); }
 
   void tile_of(int64_t l, int stage, int64_t tile, int thread) {
     const int passes = int(states_[l].passes.size());
@@ -213,7 +214,7 @@ class Forward {
         if (!pass.inner[d]) continue;
         const Direction& direction = s.direction[d];
         A* slab = workspace_.at<A>(s.slab[d]) + p * direction.classes;
-        A* into = eval ? spread_scratch(thread, d) : slab;
+        A* into = eval ? sums(thread) : slab;
         inner_rows<N>(direction, w, workspace_.at<A>(s.spread[d]), L, scratch(thread), into);
         if (eval)
           for (int64_t c = 0; c < N * direction.classes; ++c) dots[d] += double(into[c]) * double(slab[c]);
@@ -389,7 +390,8 @@ class Forward {
   std::vector<State<A>> states_;
   std::vector<int64_t> first_vector_, gain_, order_;
   Workspace workspace_;
-  int64_t row_length_ = 0, scratch_length_ = 0, spread_scratch_ = 0, scratch_ = 0;
+  int64_t row_length_ = 0, scratch_length_ = 0, sums_length_ = 0;
+  Workspace::Pieces spread_scratch_, scratch_, sums_;
 };
 
 }  // namespace
