@@ -74,11 +74,33 @@ def normalize_backward(grads, weights, saved, tables, layers, backend):
 
 
 def store(vectors: Sequence[Tensor], saved: Tensor, plan: GroupPlan) -> None:
-    """Write the new vectors of a group, all of them, into the stored ones. No op, and nothing to differentiate."""
+    """Write the new vectors of a group, all of them, into those that the forward read. No op, and nothing to
+    differentiate.
+
+    A list of views and ``_foreach_copy_`` would take longer than a small group's arithmetic, so a backend may do it by
+    itself, or answer with False where the vectors are not what it left.
+    """
     by_backend = getattr(plan.backend, "store", None)
-    if by_backend is None or plan.stateless or _watched(vectors) or not by_backend(vectors, saved, plan.tables):
-        with torch.no_grad():
-            torch._foreach_copy_(vectors, plan.vectors_of(saved))
+    # Vectors made in inference mode are an error outside of it, which is torch's.
+    frozen = not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, vectors))
+    if by_backend is None or plan.stateless or frozen or _watched(vectors):
+        written = False
+    else:
+        written = by_backend(vectors, saved, plan.tables)
+    if written:
+        _increment_versions(vectors)
+        return
+    with torch.no_grad():
+        torch._foreach_copy_(vectors, plan.vectors_of(saved))
+
+
+def _increment_versions(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that they were written to."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # old versions of torch take one at a time
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
 
 
 PLAIN = {Tensor, torch.nn.Parameter}  # types without a meaning of their own

@@ -69,6 +69,10 @@ def strided(vector: torch.Tensor) -> torch.Tensor:
 def test_store(recorder, change):
     """One call stores all vectors; where they are not as the kernels have them, torch does. Autograd is told."""
     model = native("parametrization", torch.float32)
+    for name in LAYERS:  # far from where they are going
+        norm = model[int(name)].parametrizations.weight[0]
+        for vector in (norm._u, norm._v):
+            vector.copy_(torch.nn.functional.normalize(torch.randn(len(vector)), dim=0))
     other, x = copy.deepcopy(model), images(dtype=torch.float32)
     bssn_kernels.fuse(model, backend="cpu")
     norms = [model[int(name)].parametrizations.weight[0] for name in LAYERS]
@@ -85,14 +89,50 @@ def test_store(recorder, change):
         torch.testing.assert_close(vector, expected, check_dtype=False)
 
 
-def test_vectors_of_inference_mode_stay_as_they_are():
-    """torch's error, not a silent write."""
-    with torch.inference_mode():
+@pytest.mark.parametrize("which", ["all", "the last"])
+def test_vectors_of_inference_mode(which):
+    """Outside of it torch's error, as natively, and not a silent write."""
+    if which == "all":
+        with torch.inference_mode():
+            model = native("parametrization", torch.float32)
+    else:
         model = native("parametrization", torch.float32)
-        bssn_kernels.fuse(model, backend="cpu")
-        model(images(dtype=torch.float32))
+        norm = model[int(LAYERS[-1])].parametrizations.weight[0]
+        with torch.inference_mode():
+            norm._v = norm._v.clone()
+    bssn_kernels.fuse(model, backend="cpu")
     with torch.no_grad(), pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
         model(images(dtype=torch.float32))
+
+
+def test_vectors_that_became_shorter():
+    """The tensors are the same objects, so that nobody else would look."""
+    model = native("parametrization", torch.float32)
+    bssn_kernels.fuse(model, backend="cpu")
+    model(images(dtype=torch.float32))
+    norm, memory = model[int(LAYERS[0])].parametrizations.weight[0], torch.zeros(1000)
+    n = norm._v.numel()
+    norm._v.data = memory[:3]
+    with pytest.raises(ValueError, match=rf"layer '{LAYERS[0]}': expected _v of shape \({n},\) on cpu, got \(3,\)"):
+        model(images(dtype=torch.float32))
+    assert not memory.any()
+
+
+def test_vectors_that_moved_during_the_forward(recorder):
+    """They are stored where they are then."""
+    model = native("parametrization", torch.float32)
+    bssn_kernels.fuse(model, backend="cpu")
+    norm = model[int(LAYERS[0])].parametrizations.weight[0]
+    norm._u.normal_()
+    old = norm._u.clone()
+
+    def move(module, args) -> None:
+        norm._u.data = norm._u.data.clone()
+
+    model[int(LAYERS[0])].register_forward_pre_hook(move)
+    model(images(dtype=torch.float32))
+    assert not torch.equal(norm._u, old) and not any(name == "store" for name, _ in recorder.calls)
+    torch.testing.assert_close(norm._u.norm(), torch.tensor(1.0))
 
 
 def test_plain_is_everywhere_and_the_best_is_the_default(monkeypatch):

@@ -24,6 +24,16 @@ _use_count = getattr(torch._C, "_storage_Use_Count", None)
 _lock = threading.Lock()
 
 
+def _after_fork() -> None:
+    """Another thread of the parent may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @dataclass
 class _Block:
     storage: torch.UntypedStorage

@@ -103,15 +103,17 @@ class CpuBackend:
         accum, out_dtype = accumulation_dtype(dtype), output_dtype or dtype
         saved = torch.empty(saved_numel, dtype=accum)
         outs = self._empty(tables[0], weights, out_dtype)
-        saved.__dict__["storable"] = {x.dtype for x in vectors} == {accum} and all(map(Tensor.is_contiguous, vectors))
-        if not saved.__dict__["storable"]:
+        if {x.dtype for x in vectors} == {accum} and all(map(Tensor.is_contiguous, vectors)):
+            saved.__dict__["stored_at"] = places = _addresses(vectors)
+        else:
             vectors = [x.to(accum).contiguous() for x in vectors]
+            places = _addresses(vectors)
         gains = [x.to(accum) for x in gains]
         _load()[0].forward(
             _isa_index(),
             tables[0].data_ptr(),
             _addresses(weights),
-            _addresses(vectors),
+            places,
             _addresses(gains),
             iterations,
             _addresses(outs),
@@ -123,17 +125,11 @@ class CpuBackend:
         return outs, saved
 
     def store(self, vectors: Sequence[Tensor], saved: Tensor, tables: Sequence[Tensor]) -> bool:
-        """Write the new vectors of a group, all of them, into those that :meth:`normalize` read.
-
-        A list of views and ``_foreach_copy_`` would take longer than a small group's arithmetic.
-
-        Returns:
-            False where they cannot simply be copied, and nothing was done.
-        """
-        if not saved.__dict__.get("storable") or (vectors[0].is_inference() and not torch.is_inference_mode_enabled()):
+        """See ``ops.store``."""
+        places = _addresses(vectors)
+        if saved.__dict__.get("stored_at") != places:
             return False
-        _load()[0].store(tables[0].data_ptr(), saved.data_ptr(), saved.element_size(), _addresses(vectors))
-        _increment_versions(vectors)
+        _load()[0].store(tables[0].data_ptr(), saved.data_ptr(), saved.element_size(), places)
         return True
 
     def normalize_backward(
@@ -165,15 +161,6 @@ class CpuBackend:
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
-
-
-def _increment_versions(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that they were written to."""
-    try:
-        torch.autograd.graph.increment_version(tensors)
-    except TypeError:  # old versions of torch take one at a time
-        for tensor in tensors:
-            torch.autograd.graph.increment_version(tensor)
 
 
 def _threads() -> int:

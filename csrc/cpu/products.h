@@ -24,10 +24,14 @@ static inline int64_t pattern_length(int64_t classes) {
   return length * ceil_div(8 * kLanes<A>, length);
 }
 
+// Rows are fetched ahead unless they are so long that a cache has lost them again by then; in bytes.
+constexpr int64_t kFarthest = 1 << 20;
+
 // sums[i] = sum over j of W[i, j] * spread[j].
 template <int N, class A, class T>
 static inline void inner_single(const T* w, int64_t stride, const A* spread, int64_t n, double* sums) {
   constexpr int V = kLanes<A>;
+  const bool ahead = N * stride * int64_t(sizeof(T)) <= kFarthest;
   for (int i = 0; i < N; ++i) sums[i] = 0;
   for (int64_t begin = 0; begin < n; begin += kFlush) {
     const int64_t end = std::min(begin + kFlush, n);
@@ -35,7 +39,8 @@ static inline void inner_single(const T* w, int64_t stride, const A* spread, int
     int64_t j = begin;
     for (; j + 2 * V <= end; j += 2 * V) {
       const Vec<A> e = load<A>(spread + j), f = load<A>(spread + j + V);
-      for (int i = 0; i < N; ++i) prefetch<2 * V>(w + (N + i) * stride + j);  // the rows after these
+      if (ahead)
+        for (int i = 0; i < N; ++i) prefetch<2 * V>(w + (N + i) * stride + j);  // the rows after these
       for (int i = 0; i < N; ++i) {
         a[i] += load<A>(w + i * stride + j) * e;
         b[i] += load<A>(w + i * stride + j + V) * f;

@@ -1,8 +1,10 @@
 // Runs the tiles of many layers over threads, each layer's stages one after another, without a barrier between them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -37,7 +39,7 @@ class Schedule {
   // run(layer, stage, tile, thread) for every tile; finish(layer, stage, thread) once, after the last tile of a stage.
   template <class Run, class Finish>
   void run(int threads, const Run& run, const Finish& finish) {
-    for (Layer& layer : layers_) layer.begin_stage();
+    for (Layer& layer : layers_) layer.begin(threads);
     auto work = [&](int thread) {
       for (Tile t; draw(thread, t);) {
         run(t.layer, t.stage, t.tile, thread);
@@ -66,34 +68,67 @@ class Schedule {
   };
   struct Claim {
     int64_t tile;
-    int thread;
+    int64_t earlier;  // of the same thread; -1: none
+    bool taken;
+  };
+  // The tiles of a stage in the order in which threads took them.
+  struct Claims {
+    std::vector<Claim> all;
+    std::vector<int64_t> last;  // of each thread
+    int64_t left = 0, oldest = 0;
+
+    void clear() {
+      all.clear();
+      std::fill(last.begin(), last.end(), -1);
+      left = oldest = 0;
+    }
+    void add(int64_t tile, int thread) {
+      all.push_back({tile, last[thread], false});
+      last[thread] = int64_t(all.size()) - 1;
+      ++left;
+    }
+    // The thread's own last one, or the oldest of another's, which no cache holds any more.
+    int64_t take(int thread) {
+      int64_t i = last[thread];
+      while (i >= 0 && all[i].taken) i = all[i].earlier;
+      last[thread] = i < 0 ? -1 : all[i].earlier;
+      if (i < 0) {
+        while (all[oldest].taken) ++oldest;
+        i = oldest;
+      }
+      all[i].taken = true;
+      --left;
+      return all[i].tile;
+    }
   };
   struct Layer {
     std::vector<Stage> stages;
     int stage = 0;
     int64_t unclaimed = 0;
     std::atomic<int64_t> unfinished{0};
-    std::vector<Claim> claims, before;  // of this stage, and what is left of the last one's where this reads it again
+    Claims claims, before;  // of this stage, and of the last one where this reads it again
+
+    // Memory is taken here: threads have nobody to tell that there is none.
+    void begin(int threads) {
+      for (size_t i = 0; i < stages.size(); ++i) {
+        if (!stages[i].again) continue;
+        for (Claims* of : {&claims, &before}) of->all.reserve(size_t(stages[i].tiles)), of->last.assign(threads, -1);
+      }
+      begin_stage();
+    }
 
     void begin_stage() {
       unclaimed = stages[stage].tiles;
       unfinished.store(unclaimed, std::memory_order_relaxed);  // nobody holds a tile of this layer
       before.clear();
-      if (stages[stage].again) before.swap(claims);
+      if (stages[stage].again) std::swap(before, claims);
       claims.clear();
     }
 
     int64_t claim(int thread) {
       int64_t tile = stages[stage].tiles - unclaimed--;
-      if (!before.empty()) {
-        auto it = before.end();
-        while (it != before.begin() && (it - 1)->thread != thread) --it;
-        it = it == before.begin() ? it : it - 1;  // another's oldest, which no cache holds any more
-        tile = it->tile;
-        before.erase(it);
-      }
-      const bool remember = stage + 1 < int(stages.size()) && stages[stage + 1].again;
-      if (remember) claims.push_back({tile, thread});
+      if (before.left > 0) tile = before.take(thread);
+      if (stage + 1 < int(stages.size()) && stages[stage + 1].again) claims.add(tile, thread);
       return tile;
     }
   };
