@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bssn_kernels.backends import _triton_kernels as kernels
-from bssn_kernels.backends.triton import config_of, settings_of
+from bssn_kernels.backends._triton_settings import config_of, settings_of
 
 LAYERS = 16
 ACCUMULATION = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32", "fp16": "fp32"}

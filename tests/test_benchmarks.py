@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from bssn_kernels import algebra, backends, bench, functional, ops
-from bssn_kernels.backends import _order, triton
+from bssn_kernels.backends import _order
 from bssn_kernels.backends._schedule import ForwardSchedule
+from bssn_kernels.backends._triton_settings import AMPERE
 from bssn_kernels.bench import measure as measuring
 from bssn_kernels.bench import workloads
 from bssn_kernels.bench.providers import PLAIN_LAYERS, Provider, tasks_of
@@ -460,7 +461,7 @@ class TestExperiments:
             experiments.main(["nonsense"])
 
     def test_all(self, tmp_path, capsys):
-        before = dict(triton.AMPERE), (_order.SUM_US, _order.L2_SHARE)
+        before = dict(AMPERE), (_order.SUM_US, _order.L2_SHARE)
         code, found = self.run(tmp_path)
         assert code == 0 and list(found) == list(experiments.EXPERIMENTS)
         counts = {"small": 3, "bandwidth": 4, "whole": 4, "rows": 4, "stability": 1}
@@ -469,7 +470,7 @@ class TestExperiments:
         for name in ("settings", "schedule"):
             assert sum(row["usual"] for row in found[name]["rows"]) == 2
             assert all(row["same bits"] and row["forward ms"] > 0 for row in found[name]["rows"])
-        assert before == (dict(triton.AMPERE), (_order.SUM_US, _order.L2_SHARE))
+        assert before == (dict(AMPERE), (_order.SUM_US, _order.L2_SHARE))
         assert "summary" in capsys.readouterr().out
 
     def test_settings_reach_the_schedule(self):

@@ -11,7 +11,7 @@ from drafts import Layer, assert_same_bits, draft_of, run
 from zoo import Case, build, home
 
 from bssn_kernels import backends, functional
-from bssn_kernels.backends import cuda
+from bssn_kernels.backends import _launch, cuda
 
 MISSING = "; ".join(backends.get("cuda").unsupported()) or ("there is a GPU" if home("cuda").type != "cpu" else "")
 pytestmark = pytest.mark.skipif(
@@ -53,7 +53,7 @@ def test_any_interleaving_gives_the_same_bits(monkeypatch, dtype):
         found = run([Layer(draft, dtype) for draft in drafts()], "cuda")
         expected = expected or found
         assert_same_bits(found, expected)
-        assert cuda.counters_of._of_stream and not any(c.any() for c in cuda.counters_of._of_stream.values())
+        assert _launch.counters_of._of_stream and not any(c.any() for c in _launch.counters_of._of_stream.values())
 
 
 def test_more_tensors_than_parameters_hold():
@@ -176,4 +176,4 @@ def test_planted_faults_are_found(monkeypatch, tmp_path, sound, fault):
                 return
         pytest.fail("nothing was seen in 6 interleavings")
     finally:
-        cuda.counters_of.forget()
+        _launch.counters_of.forget()

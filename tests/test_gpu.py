@@ -85,13 +85,14 @@ def test_one_launch_forward_and_one_backward(name, semantics):
     assert "backward_kernel" in found
 
 
-def test_a_fused_forward_stores_its_vectors_in_one_launch_more(name):
-    net = native("parametrization", torch.float32).cuda()
-    bk.fuse(net, backend=name)
+@pytest.mark.parametrize("variant", ["sn", "bssn"])
+def test_a_fused_forward_stores_its_vectors_in_one_launch_more(name, variant):
+    net, plain_net = plain(torch.float32).cuda(), plain(torch.float32).cuda()
+    bk.normalize(net, variant, backend=name)
     x = torch.randn(2, 3, 6, 6, device="cuda")
     names = device_work(lambda: net(x))
-    assert sum("forward_kernel" in name for name in names) == 1
-    plain_net = plain(torch.float32).cuda()
+    for kernel in ("forward_kernel", "store_kernel"):
+        assert sum(kernel in name for name in names) == 1, names
     assert len(names) <= len(device_work(lambda: plain_net(x))) + 2
 
 

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 import torch.nn as nn
-from nets import close, images, native, same, state
+from nets import LAYERS, close, images, native, same, state
 from zoo import Case, build, home
 
 import bssn_kernels as bk
@@ -141,6 +141,80 @@ class TestTables:
         for iterations in (1, 2, 1, 3, 1, 4, 1):
             functional.spectral_normalize(weights, vectors, plan, iterations)
         assert made.count("ForwardSchedule") == 4
+
+
+class TestStore:
+    """The new vectors of a forward go to where they are stored in one launch, which autograd is told of."""
+
+    @pytest.fixture
+    def stored(self, gpu_backend, monkeypatch) -> list[bool]:
+        """What the backend answered."""
+        cls, answers = type(backends.get(gpu_backend)), []
+        store = cls.store
+        monkeypatch.setattr(cls, "store", lambda *args: answers.append(store(*args)) or answers[-1])
+        return answers
+
+    @staticmethod
+    def scattered(dtype: torch.dtype) -> nn.Module:
+        """A network whose vectors are far from where they are going."""
+        model = native("parametrization", dtype)
+        for name in LAYERS:
+            norm = model[int(name)].parametrizations.weight[0]
+            for vector in (norm._u, norm._v):
+                vector.copy_(nn.functional.normalize(torch.randn(len(vector)), dim=0))
+        return model
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+    def test_as_native(self, gpu_backend, stored, dtype):
+        model = self.scattered(dtype)
+        other, x = copy.deepcopy(model), images(dtype=dtype)
+        bk.fuse(model, backend=gpu_backend)
+        before = {name: x._version for name, x in model.named_buffers()}
+        for net in (model, other):
+            net(x)
+            net(x)
+        assert stored == [True, True]
+        for (name, found), (_, expected) in zip(model.named_buffers(), other.named_buffers(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+            assert found._version >= before[name] + 2
+
+    def test_two_directions_of_every_layout(self, gpu_backend, stored):
+        """Parts of long vectors, and vectors whose order in memory is another one."""
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(40, 3, 12), nn.Conv2d(6, 10, (3, 2)).to(memory_format=torch.channels_last)]
+        layers += [nn.ConvTranspose2d(7, 12, 4), nn.Linear(5, 4), nn.Conv3d(3, 5, (2, 3, 2))]
+        group = bk.normalize(nn.Sequential(*layers), "bssn", backend=gpu_backend, semantics="torch_hook")
+        other = copy.deepcopy(group)
+        for layer in other.layers:
+            layer.rule.backend = "reference"
+        for one in (group, other):
+            one.update()
+        assert stored == [True]
+        same_names = zip(group.root.named_buffers(), other.root.named_buffers(), strict=True)
+        for (name, found), (_, expected) in same_names:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+    def test_vectors_of_another_dtype(self, gpu_backend, stored):
+        model = self.scattered(torch.float32)
+        norm = model[int(LAYERS[0])].parametrizations.weight[0]
+        norm._u = norm._u.bfloat16()
+        bk.fuse(model, backend=gpu_backend)
+        old = norm._u.clone()
+        model(images(dtype=torch.float32))
+        assert stored == [False] and norm._u.dtype == torch.bfloat16 and not torch.equal(norm._u, old)
+
+    def test_vectors_that_moved_during_the_forward(self, gpu_backend, stored):
+        model = self.scattered(torch.float32)
+        bk.fuse(model, backend=gpu_backend)
+        norm = model[int(LAYERS[0])].parametrizations.weight[0]
+        old, memory = norm._u.clone(), norm._u.data
+
+        def move(module, args) -> None:
+            norm._u.data = norm._u.data.clone()
+
+        model[int(LAYERS[0])].register_forward_pre_hook(move)
+        model(images(dtype=torch.float32))
+        assert stored == [False] and not torch.equal(norm._u, old) and torch.equal(memory, old)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(30, 20), nn.Conv2d(6, 8, 3), nn.ConvTranspose2d(4, 6, 4)])

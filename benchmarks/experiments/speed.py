@@ -16,6 +16,8 @@ from benchmarks.measure import streams
 from benchmarks.providers import captured
 from bssn_kernels.backends import _geometry, _order
 from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule
+from bssn_kernels.backends._triton_settings import family_of
+from bssn_kernels.backends.triton import capability_of
 from bssn_kernels.bench.host import WIDTH, floor_task, functional_task
 from bssn_kernels.bench.providers import Subject, make_fused, tasks_of
 from bssn_kernels.bench.task import Task
@@ -74,26 +76,23 @@ def counted_bytes(plan: GroupPlan) -> dict[str, dict[str, int]]:
 
 def settings(setting: Setting) -> Rows:
     """Programs per SM and stages of the Triton kernels, on the headline; every other setting as it stands."""
-    from bssn_kernels.backends import triton
-
-    family = triton.family_of(triton.capability_of(setting.device))
+    family = family_of(capability_of(setting.device))
     for variant, key in (("sn", False), ("bssn", True)):
         group = Group(setting, setting.headline, variant)
-        tasks, first = group.tasks() | streams(group.weights), group.forward().saved
+        bounds, first = streams(group.weights), group.forward().saved
         usual = family[key]
         for stages, programs in [(stages, programs) for stages in setting.stages for programs in setting.programs]:
             config = replace(usual, programs=programs, stages=stages)
             row = {"variant": variant, "stages": stages, "programs": programs, "registers": config.registers}
             row["usual"] = config == usual
             with patch.dict(family, {key: config}):
-                yield row | attempt(lambda: compared(group, tasks, first))  # noqa: B023
+                group.make_plan()
+                yield row | attempt(lambda: compared(group, group.tasks() | bounds, first))  # noqa: B023
 
 
 def rows(setting: Setting) -> Rows:
     """Whole rows, by the stages of their loads, and the same rows in pieces, with the Triton backend."""
-    from bssn_kernels.backends import triton
-
-    family = triton.family_of(triton.capability_of(setting.device))
+    family = family_of(capability_of(setting.device))
     for workload in setting.workloads:
         group = Group(setting, workload, "sn")
         bounds, usual = streams(group.weights), family[False]

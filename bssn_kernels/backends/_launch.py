@@ -7,9 +7,10 @@ and never while a graph is captured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +118,7 @@ class Launch:
         spares: zeroed counters for graphs; each serves one captured launch for ever.
         used: number of the last call.
         streams: where it ran; the allocator knows of them, so that tables outlive what still reads them.
+        ready: what a backend compiled for it, by what it was compiled for.
     """
 
     schedule: Schedule
@@ -125,6 +127,7 @@ class Launch:
     spares: list[Tensor]
     streams: set[int]
     used: int = 0
+    ready: dict[tuple, tuple] = field(default_factory=dict)
 
     @classmethod
     def make(cls, schedule: Schedule, layers: str, device: torch.device) -> Launch:
@@ -144,6 +147,12 @@ class Launch:
         doubles = torch.empty(max(self.schedule.doubles, 16), dtype=torch.float64, device=device)
         return work, doubles, self.counters(device, stream)
 
+    def failed(self, what: str, dtype: torch.dtype, device: torch.device, error: Exception) -> RuntimeError:
+        """The error of a launch in words; its counters are in no known state."""
+        counters_of.forget()
+        n = len(self.schedule.geometries)
+        return RuntimeError(f"{what} of {n} layers ({self.layers}) of {dtype} on {device}: {error}")
+
     def counters(self, device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
         n = self.schedule.n_counters * COUNTER_STRIDE
         if not capturing(stream):
@@ -159,11 +168,32 @@ class Launch:
 
 @dataclass
 class Addresses:
-    """Where the tensors of a group stand, on the device."""
+    """Where the tensors of a group stand, on the device.
+
+    Attributes:
+        vectors: the same of the vectors, for the host.
+    """
 
     table: Tensor
     stream: torch.cuda.Stream | None
     uploaded: torch.cuda.Event | None
+    vectors: tuple[int, ...] = ()
+
+
+class Made(NamedTuple):
+    """What stores the vectors of a forward: it hangs on `saved`, and everything in it is on the device already."""
+
+    launch: Launch
+    addresses: Addresses
+    stream: torch.cuda.Stream | None
+
+    @staticmethod
+    def of(saved: Tensor, vectors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> Made | None:
+        """None where the vectors moved since, or another stream is the current one."""
+        made = saved.__dict__.get("made")
+        if made is None or made.stream != stream or made.addresses.vectors != tuple(map(Tensor.data_ptr, vectors)):
+            return None
+        return made
 
 
 class State:
@@ -257,7 +287,7 @@ class State:
         gains: Sequence[Tensor],
         stream: torch.cuda.Stream | None,
         absolute: bool = False,
-    ) -> Tensor:
+    ) -> Addresses:
         """The address table of these tensors; a new one only where a tensor moved.
 
         Args:
@@ -265,14 +295,15 @@ class State:
         """
         # Distances are in elements, so the same memory read as another dtype is another table.
         dtypes = (*(x.dtype for x in vectors[:1]), *(x.dtype for x in gains[:1]))
-        places = (*map(Tensor.data_ptr, weights), *map(Tensor.data_ptr, vectors), *map(Tensor.data_ptr, gains))
-        key = kind, dtypes, places
+        of_vectors = tuple(map(Tensor.data_ptr, vectors))
+        key = kind, dtypes, (*map(Tensor.data_ptr, weights), *of_vectors, *map(Tensor.data_ptr, gains))
         found, now = self._addresses.pop(key, None), capturing(stream)
         if found is None:
             if now:
                 raise RuntimeError(f"weights, vectors or gains moved before the capture: {WARM_UP}")
             place = Tensor.data_ptr if absolute else self._distance
             found = self._upload(self._places(place, weights, vectors, gains), weights[0].device, stream)
+            found.vectors = of_vectors
             if len(self._addresses) >= KEPT_ADDRESSES:
                 self._addresses.pop(next(iter(self._addresses)))
         self._addresses[key] = found  # the last one used goes last
@@ -281,7 +312,7 @@ class State:
         elif stream is not None and found.stream != stream:
             stream.wait_event(found.uploaded)
             found.table.record_stream(stream)
-        return found.table
+        return found
 
     def _places(
         self,

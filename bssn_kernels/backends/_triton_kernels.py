@@ -759,6 +759,21 @@ def _write_vectors(tp, vectors_ptr, address_ptr, vector_ptr, saved_ptr, work_ptr
 
 
 @triton.jit
+def store_kernel(vectors_ptr, address_ptr, vector_ptr, saved_ptr, BLOCK: tl.constexpr):
+    """The new vectors from `saved` to where they are stored; a program for each part that the forward wrote."""
+    vp = vectors_ptr + tl.program_id(0) * VECTOR_WIDTH
+    ap = address_ptr + tl.load(vp + V_LAYER) * ADDRESS_WIDTH
+    to_ptr, from_ptr = vector_ptr + tl.load(ap + tl.load(vp + V_ADDRESS)), saved_ptr + tl.load(vp + V_SAVED)
+    divisor, high, low = tl.load(vp + V_DIVISOR), tl.load(vp + V_HIGH), tl.load(vp + V_LOW)
+    begin, n = tl.load(vp + V_BEGIN), tl.load(vp + V_COUNT).to(tl.int32)
+    for j in range(0, n, BLOCK):
+        e = begin + j + tl.arange(0, BLOCK)
+        at = e // divisor * high + e % divisor * low
+        m = e < begin + n
+        tl.store(to_ptr + at, tl.load(from_ptr + at, mask=m), mask=m)
+
+
+@triton.jit
 def _cast(x, dtype: tl.constexpr):
     """By way of float32 where devices go it too, from float64 to bfloat16; the interpreter knows no other."""
     if x.dtype == tl.float64 and dtype == tl.bfloat16:

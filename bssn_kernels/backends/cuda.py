@@ -19,7 +19,8 @@ from torch import Tensor
 from bssn_kernels.backends import _tables
 from bssn_kernels.backends._compiled import DTYPE_CODES, build_reason
 from bssn_kernels.backends._geometry import FLAT, MOST_CHUNKS
-from bssn_kernels.backends._launch import COUNTER_STRIDE, Launch, State, alike, counters_of, layer_reason, on
+from bssn_kernels.backends._launch import COUNTER_STRIDE, Launch, Made, State, alike, layer_reason, on
+from bssn_kernels.backends._memory import empty_like
 from bssn_kernels.backends._schedule import Schedule
 from bssn_kernels.plan import SCALARS, LayerSpec, accumulation_dtype
 
@@ -124,20 +125,44 @@ class CudaBackend:
         dtype, device = weights[0].dtype, weights[0].device
         accum = accumulation_dtype(dtype)
         state = State.of(tables[0])
-        vectors, gains = alike(vectors, accum), alike(gains, accum)
+        given, vectors, gains = vectors, alike(vectors, accum), alike(gains, accum)
         with on(device) as stream:
             launch = state.forward(tuple(iterations), dtype.itemsize, device, partial(_resident, True, dtype, device))
             addresses = state.addresses(("forward",), weights, vectors, gains, stream, absolute=True)
             saved = torch.empty(saved_numel, dtype=accum, device=device)
-            outs = [torch.empty_like(w, dtype=output_dtype or dtype) for w in weights]
+            outs = empty_like(weights, output_dtype or dtype)
             dtypes = [
                 DTYPE_CODES[x] for x in (
                     dtype, output_dtype or dtype, vectors[0].dtype if vectors else accum,
                     gains[0].dtype if gains else accum,
                 )
             ]  # fmt: skip
-            _run(True, launch, addresses, saved, None, dtypes, dtype, outs, stream)
+            _run(True, launch, addresses.table, saved, None, dtypes, dtype, outs, stream)
+            if vectors is given and dtypes[2] == DTYPE_CODES[accum]:
+                saved.__dict__["made"] = Made(launch, addresses, stream)
         return outs, saved
+
+    def store(self, vectors: Sequence[Tensor], saved: Tensor, tables: Sequence[Tensor]) -> bool:
+        """See ``ops.store``."""
+        dtype, device = saved.dtype, saved.device
+        with on(device) as stream:
+            made = Made.of(saved, vectors, stream)
+            if made is None:
+                return False
+            parts, addresses = made.launch.tables["vectors"], made.addresses.table
+            try:
+                _load()[0].store(
+                    parts.data_ptr(),
+                    len(parts),
+                    addresses.data_ptr(),
+                    saved.data_ptr(),
+                    dtype == torch.float64,
+                    device.index or 0,
+                    stream.cuda_stream if stream else 0,
+                )
+            except RuntimeError as error:
+                raise made.launch.failed("storing the vectors", dtype, device, error) from error
+        return True
 
     def normalize_backward(
         self,
@@ -154,11 +179,11 @@ class CudaBackend:
         with on(device) as stream:
             launch = state.backward(key, dtype.itemsize, device, partial(_resident, False, dtype, device))
             addresses = state.addresses(("backward", key), weights, (), (), stream, absolute=True)
-            grad_weights = [torch.empty_like(w) for w in weights]
+            grad_weights = empty_like(weights, dtype)
             grad_gains = torch.empty(len(layers), dtype=accum, device=device)
             dtypes = [DTYPE_CODES[x] for x in (dtype, grads[0].dtype, accum, accum)]
             tensors = [*grads, *grad_weights]
-            _run(False, launch, addresses, saved, grad_gains, dtypes, dtype, tensors, stream)
+            _run(False, launch, addresses.table, saved, grad_gains, dtypes, dtype, tensors, stream)
         return grad_weights, grad_gains
 
 
@@ -192,8 +217,4 @@ def _run(
             stream.cuda_stream if stream else 0,
         )
     except RuntimeError as error:
-        counters_of.forget()
-        what = "forward" if forward else "backward"
-        raise RuntimeError(
-            f"{what} of {len(schedule.geometries)} layers ({launch.layers}) of {dtype} on {device}: {error}"
-        ) from error
+        raise launch.failed("forward" if forward else "backward", dtype, device, error) from error

@@ -9,105 +9,23 @@ import importlib.metadata
 import importlib.util
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bssn_kernels.backends._geometry import COLS, ROWS, WHOLE_ROWS
-from bssn_kernels.backends._launch import Launch, State, alike, counters_of, layer_reason, on
+from bssn_kernels.backends._launch import Launch, Made, State, alike, capturing, counters_of, layer_reason, on
+from bssn_kernels.backends._memory import empty_like
 from bssn_kernels.backends._schedule import Schedule
+from bssn_kernels.backends._triton_settings import Config, config_of, settings_of
 from bssn_kernels.plan import LayerSpec, accumulation_dtype
 
 OLDEST = (3, 3)  # the first Triton that takes a tuple of tensors as an argument
 OLDEST_DEVICE = (7, 5)
 TUPLE = 8  # tuples of tensors have a multiple of this length, so that groups of like size share a kernel
-
-
-@dataclass(frozen=True)
-class Config:
-    """Launch settings of one kind of kernel on one kind of device.
-
-    Attributes:
-        registers: most per thread; programs: per SM, as many as those registers let reside. More would only wait.
-        stages: of the loads of the products, through cp.async: all but one of them are on their way, 8 KiB each, 4 in
-            half precision.
-        whole_stages: the same of whole rows, 16 KiB each, 8 in half precision.
-        step: bytes that the scale pass reads at once, and twice as many as the backward's flat passes do.
-        warps: per program. 4 warps read a block of 8 x 256 numbers in four 16-byte accesses per thread.
-    """
-
-    registers: int
-    programs: int
-    stages: int
-    whole_stages: int = 3
-    step: int = 16384
-    warps: int = 4
-
-
-# By whether a kernel has products in two directions or in float64. Registers are the smallest bound under which
-# Triton 3.9 spills nothing on sm_80, sm_90 and sm_100 (3.6 spills some), the 65,536 of an SM shared among programs of
-# 128 threads. Stages: an SM of an H200 takes 33 KB from HBM in a microsecond and 45 from L2, which is about how long
-# a read is on its way, and about half of the programs stream at once; they have 128 KB on their way, of whole rows
-# too, and with two directions, which have no registers for more, 72, or 36 in half precision. Measured there, while
-# HBM gave every read: one direction with three stages and steps of 8 KiB (64 KB) ran at the speed of a copy, and
-# longer steps changed nothing (benchmarks/results/gpu_h200_tuning.jsonl); two directions had 24 KB, and took twice as
-# long as one. tests/test_triton_compiled.py checks registers, memory and bytes.
-HOPPER = {
-    False: Config(registers=128, programs=4, stages=5),
-    True: Config(registers=168, programs=3, stages=4),
-}
-# Less bandwidth; less shared memory too, 164 KiB of an SM and then 100; no cp.async.
-AMPERE = {False: replace(HOPPER[False], stages=4), True: replace(HOPPER[True], stages=3)}
-ADA = {False: replace(HOPPER[False], stages=3, whole_stages=2), True: replace(HOPPER[True], stages=3, whole_stages=2)}
-TURING = {key: replace(config, stages=1, whole_stages=1) for key, config in HOPPER.items()}
-ADA_DEVICES = ((8, 6), (8, 9), (12, 0), (12, 1))
-
-
-def family_of(capability: tuple[int, int]) -> dict[bool, Config]:
-    """The settings of devices of some compute capability."""
-    if capability in ADA_DEVICES:
-        return ADA
-    return HOPPER if capability >= (9, 0) else AMPERE if capability >= (8, 0) else TURING
-
-
-def config_of(capability: tuple[int, int], products: bool, general: bool, more: bool, itemsize: int) -> Config:
-    """Launch settings of a kernel on a device of some compute capability.
-
-    Args:
-        products: it has products: forward, and backward through the iteration.
-        general: it has two directions.
-        more: something else that takes registers: vectors of another dtype, or the gradient through the iteration. Two
-            directions in float64 take as many, and one in half precision.
-        itemsize: of the weights. In half precision a stage has half the bytes.
-    """
-    large = products and (general or itemsize == 8)
-    more = more or (products and itemsize == (8 if general else 2))
-    return _adapted(family_of(capability)[large], large, more, itemsize == 2)
-
-
-@cache
-def _adapted(config: Config, large: bool, more: bool, half: bool) -> Config:
-    if more and large:
-        config = replace(config, registers=255, programs=2)
-    elif more:  # a program less, with a stage more
-        config = replace(config, registers=168, programs=3, stages=config.stages + (config.stages > 1))
-    if half and config.stages > 1:
-        config = replace(config, stages=config.stages if large else 2 * config.stages - 1)
-        config = replace(config, whole_stages=2 * config.whole_stages - 1)
-    return config
-
-
-def settings_of(config: Config, forward: bool, itemsize: int) -> tuple[dict[str, int], dict[str, Any]]:
-    """What a kernel is compiled with: its constants, and the compiler's options."""
-    block = config.step // (1 if forward else 2) // itemsize
-    constants = {"ROWS": ROWS, "COLS": COLS[itemsize], "STAGES": config.stages, "BLOCK": block}
-    if forward:
-        constants |= {"WHOLE": WHOLE_ROWS[itemsize][1], "WHOLE_STAGES": config.whole_stages}
-    return constants, {"num_warps": config.warps, "maxnreg": config.registers, "enable_fp_fusion": False}
+STORE = ("store",)
 
 
 def interpreting() -> bool:
@@ -198,7 +116,7 @@ class TritonBackend:
         dtype, device = weights[0].dtype, weights[0].device
         accum = accumulation_dtype(dtype)
         state = State.of(tables[0])
-        vectors, gains = alike(vectors, accum), alike(gains, accum)
+        given, vectors, gains = vectors, alike(vectors, accum), alike(gains, accum)
         with on(device) as stream:
             mixed = bool(vectors) and vectors[0].dtype != accum
             programs = partial(_resident, True, device, mixed=mixed)
@@ -206,20 +124,40 @@ class TritonBackend:
             launch = state.forward(tuple(iterations), dtype.itemsize, device, programs, whole_rows)
             addresses = state.addresses(("forward",), weights, vectors, gains, stream)
             saved = torch.empty(saved_numel, dtype=accum, device=device)
-            outs = [torch.empty_like(w, dtype=output_dtype or dtype) for w in weights]
+            outs = empty_like(weights, output_dtype or dtype)
             vector_anchor = state.anchor(vectors[0].dtype if vectors else accum, device)
             _run(
                 True,
                 launch,
                 stream,
                 (
-                    launch.tables["vectors"], launch.tables["floats"], addresses, state.anchor(dtype, device),
+                    launch.tables["vectors"], launch.tables["floats"], addresses.table, state.anchor(dtype, device),
                     vector_anchor, state.anchor(gains[0].dtype if gains else accum, device), _tuple(outs), saved,
                 ),
+                dtype,
                 accum,
+                (vectors[0].dtype if vectors else accum, gains[0].dtype if gains else accum, outs[0].dtype),
                 mixed,
             )  # fmt: skip
+            if vectors is given and not mixed:
+                saved.__dict__["made"] = Made(launch, addresses, stream)
         return outs, saved
+
+    def store(self, vectors: Sequence[Tensor], saved: Tensor, tables: Sequence[Tensor]) -> bool:
+        """See ``ops.store``."""
+        dtype, device = saved.dtype, saved.device
+        with on(device) as stream:
+            made = Made.of(saved, vectors, stream)
+            if made is None or (capturing(stream) and STORE not in made.launch.ready):
+                return False
+            parts = made.launch.tables["vectors"]
+            arguments = parts, made.addresses.table, State.anchor(dtype, device), saved
+
+            def prepare() -> Prepared:
+                return Prepared(_kernels().store_kernel, len(parts), {"BLOCK": 1024}, {"enable_fp_fusion": False})
+
+            _start("storing the vectors", made.launch, STORE, stream, dtype, arguments, prepare)
+        return True
 
     def normalize_backward(
         self,
@@ -236,14 +174,16 @@ class TritonBackend:
         with on(device) as stream:
             launch = state.backward(key, dtype.itemsize, device, partial(_resident, False, device))
             addresses = state.addresses(("backward", key), weights, (), (), stream)
-            grad_weights = [torch.empty_like(w) for w in weights]
+            grad_weights = empty_like(weights, dtype)
             grad_gains = torch.empty(len(layers), dtype=saved.dtype, device=device)
             _run(
                 False,
                 launch,
                 stream,
-                (addresses, state.anchor(dtype, device), _tuple(grads), _tuple(grad_weights), saved, grad_gains),
+                (addresses.table, state.anchor(dtype, device), _tuple(grads), _tuple(grad_weights), saved, grad_gains),
+                dtype,
                 saved.dtype,
+                (grads[0].dtype, saved.data_ptr() % 16),
             )
         return grad_weights, grad_gains
 
@@ -279,33 +219,86 @@ def _programs(device: torch.device, config: Config) -> int:
     return _processors(device) * config.programs if device.type == "cuda" else INTERPRETED_PROGRAMS
 
 
+class Prepared(NamedTuple):
+    """What a kernel is launched with beside its arguments: programs, the rest of its parameters by name, options."""
+
+    kernel: Any
+    programs: int
+    rest: dict[str, int]
+    options: dict[str, Any]
+
+
 def _run(
     forward: bool,
     launch: Launch,
     stream: torch.cuda.Stream | None,
     arguments: Sequence,
+    dtype: torch.dtype,
     accum: torch.dtype,
+    kinds: tuple,
     mixed: bool = False,
 ) -> None:
-    """One launch of all tiles, on the current stream."""
+    """One launch of all tiles.
+
+    Args:
+        dtype, accum: of the weights, and of sums.
+        kinds: see :func:`_start`.
+    """
     schedule, tables, device = launch.schedule, launch.tables, launch.tables["tiles"].device
-    kernel = _kernels().forward_kernel if forward else _kernels().backward_kernel
-    config = _config(forward, device, schedule, mixed)
-    programs = _programs(device, config)
-    if stream is not None:
-        programs = min(programs, len(schedule.tiles))
-    full = (
-        *(tables["tiles"], tables["blocks"], tables["layers"], *arguments, *launch.buffers(accum, device, stream)),
-        *(len(schedule.tiles), programs, schedule.n_counters),
-    )
-    constants, options = settings_of(config, forward, schedule.itemsize)
-    constants |= {"GENERAL": schedule.general} | ({"MIXED": mixed} if forward else {"THROUGH": schedule.through})
-    if stream is not None:
-        kernel[(programs,)](*full, **constants, **options)
-        return
+
+    def prepare() -> Prepared:
+        config = _config(forward, device, schedule, mixed)
+        constants, options = settings_of(config, forward, schedule.itemsize)
+        constants |= {"GENERAL": schedule.general} | ({"MIXED": mixed} if forward else {"THROUGH": schedule.through})
+        n, programs = len(schedule.tiles), _programs(device, config)
+        if stream is not None:
+            programs = min(programs, n)
+        sizes = {"n_tiles": n, "n_programs": programs, "n_counters": schedule.n_counters}
+        kernel = _kernels().forward_kernel if forward else _kernels().backward_kernel
+        return Prepared(kernel, programs, sizes | constants, options)
+
+    given = (tables["tiles"], tables["blocks"], tables["layers"], *arguments, *launch.buffers(accum, device, stream))
+    _start("forward" if forward else "backward", launch, kinds, stream, dtype, given, prepare)
+
+
+def _start(
+    what: str,
+    launch: Launch,
+    kinds: tuple,
+    stream: torch.cuda.Stream | None,
+    dtype: torch.dtype,
+    arguments: Sequence,
+    prepare: Callable[[], Prepared],
+) -> None:
+    """Launch a kernel on the current stream.
+
+    Triton's own way to a compiled kernel looks at every tensor and makes a key of what it found, in each call; for 24
+    layers that took up to a third of a forward's host time. What it comes to is kept with the launch instead.
+
+    Args:
+        kinds: all that the kernel is compiled for and that may differ between calls of this launch.
+    """
+    try:
+        if kinds in launch.ready:
+            start, rest = launch.ready[kinds]
+            start(*arguments, *rest, stream=stream.cuda_stream)
+            return
+        kernel, programs, named, options = prepare()
+        if stream is None:
+            _interpret(kernel[(programs,)], *arguments, **named)
+            return
+        compiled = kernel[(programs,)](*arguments, **named, **options)
+        if compiled is not None:  # where a hook of Triton's keeps it from compiling
+            rest = tuple(named[name] for name in kernel.arg_names[len(arguments) :])
+            launch.ready[kinds] = compiled[(programs, 1, 1)], rest
+    except RuntimeError as error:
+        raise launch.failed(what, dtype, launch.tables["tiles"].device, error) from error
+
+
+def _interpret(kernel: Callable[..., None], *arguments, **named) -> None:
     with _interpreter_lock:
         try:
-            kernel[(programs,)](*full, **constants)
+            kernel(*arguments, **named)
         except BaseException:
             counters_of.forget()
             raise

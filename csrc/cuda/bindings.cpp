@@ -56,6 +56,15 @@ void bound(const std::vector<uintptr_t>& tables, const std::vector<uintptr_t>& b
   launch(call);
 }
 
+void store_vectors(uintptr_t parts, int n, uintptr_t addresses, uintptr_t saved, bool wide, int device,
+                   uintptr_t stream) {
+  const StoreCall call = {pointer<VectorPart>(parts), n,      pointer<Address>(addresses),
+                          pointer<void>(saved),       wide,   device,
+                          reinterpret_cast<void*>(stream)};
+  py::gil_scoped_release release;
+  store(call);
+}
+
 std::map<std::string, std::vector<std::string>> field_names() {
   std::map<std::string, std::vector<std::string>> names;
 #define BSSN_NAME(name) of.push_back(#name);
@@ -103,6 +112,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       " weights, of W_bar or its gradient, of the stored vectors, of the gains.";
   m.def("forward", &bound<forward>);
   m.def("backward", &bound<backward>);
+  m.def("store", &store_vectors, "The new vectors of a forward, to where they are stored.");
   m.def("resident_programs", [](bool forward, int dtype, bool both, int device) {
     return resident_programs(forward, bssn::DType(dtype), both, device);
   });

@@ -31,6 +31,22 @@ void forward(const Call& call) {
   start(forward_for(call.weight_dtype, call.both), call, arguments);
 }
 
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    store_kernel(const VectorPart* parts, const Address* addresses, const void* saved) {
+  store_part<A>(parts[blockIdx.x], addresses, saved);
+}
+
+void store(const StoreCall& call) {
+  check(cudaSetDevice(call.device), "cudaSetDevice");
+  const auto entry = call.wide ? &store_kernel<double> : &store_kernel<float>;
+  StoreCall copy = call;
+  void* arguments[] = {&copy.parts, &copy.addresses, &copy.saved};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(entry), dim3(unsigned(call.n)), dim3(kThreads), arguments, 0,
+                         static_cast<cudaStream_t>(call.stream)),
+        kLaunching);
+}
+
 Kernel backward_for(DType dtype, bool both);  // of backward.cu
 
 int resident_programs(bool forward, DType dtype, bool both, int device) {

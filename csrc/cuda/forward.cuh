@@ -107,6 +107,17 @@ BSSN_DEVICE_CALL void write_vectors(const LaunchParams& launch, const Tile& tile
   }
 }
 
+// The same from `saved` to where they are stored, by the whole program.
+template <class A>
+BSSN_DEVICE void store_part(const VectorPart& part, const Address* addresses, const void* saved) {
+  const A* from = static_cast<const A*>(saved) + part.saved;
+  A* to = reinterpret_cast<A*>(reinterpret_cast<const uint64_t*>(addresses + part.layer)[part.address]);
+  for (int64_t e = part.begin + thread(); e < part.begin + part.count; e += kThreads) {
+    const int64_t at = e / part.divisor * part.high + e % part.divisor * part.low;
+    to[at] = from[at];
+  }
+}
+
 // W_bar = m W for a flat tile. Both are done with: what L2 should keep is what comes next.
 template <class T, class O>
 BSSN_DEVICE void scale_tile(const Tile& tile, const T* w, O* out, Bits16* memory, const Accum<T>* factor) {

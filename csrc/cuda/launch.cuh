@@ -91,12 +91,14 @@ inline Tensors tensors_of(const Call& call) {
   return tensors;
 }
 
+constexpr const char* kLaunching = "cudaLaunchKernel (an error of earlier work on this device is told here too)";
+
 // `arguments` point to the kernel's parameters.
 inline void start(const Kernel& kernel, const Call& call, void** arguments) {
   prepare(kernel, call.device);
   check(cudaLaunchKernel(kernel.entry, dim3(unsigned(call.launch.n_programs)), dim3(kThreads), arguments,
                          kernel.shared, static_cast<cudaStream_t>(call.stream)),
-        "cudaLaunchKernel (an error of earlier work on this device is told here too)");
+        kLaunching);
 }
 
 // The kernel that `f` gives for a value of the weights' type and for whether a layer has role 1.

@@ -19,9 +19,21 @@ struct Call {
   void* stream;
 };
 
+// The new vectors of a forward, from `saved` to where they are stored, in accumulation dtype.
+struct StoreCall {
+  const VectorPart* parts;  // those of the forward
+  int n;
+  const Address* addresses;
+  const void* saved;
+  bool wide;  // float64
+  int device;
+  void* stream;
+};
+
 // One launch each. Errors are std::runtime_error, in the words of CUDA.
 void forward(const Call& call);
 void backward(const Call& call);
+void store(const StoreCall& call);
 
 // How many programs are resident at once: what launch.n_programs should be at most.
 int resident_programs(bool forward, DType weight_dtype, bool both, int device);

@@ -281,6 +281,16 @@ void backward(const Call& call) {
   });
 }
 
+void store(const StoreCall& call) {
+  for (int i = 0; i < call.n; ++i)
+    model::run(1, 0, [&] {
+      if (call.wide)
+        store_part<double>(call.parts[i], call.addresses, call.saved);
+      else
+        store_part<float>(call.parts[i], call.addresses, call.saved);
+    });
+}
+
 int resident_programs(bool, DType, bool, int) { return int(model::setting("BSSN_MODEL_RESIDENT", 2)); }
 
 std::string missing_code(int) { return ""; }
