@@ -81,17 +81,17 @@ def store(vectors: Sequence[Tensor], saved: Tensor, plan: GroupPlan) -> None:
     itself, or answer with False where the vectors are not what it left.
     """
     by_backend = getattr(plan.backend, "store", None)
-    # Vectors made in inference mode are an error outside of it, which is torch's.
-    frozen = not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, vectors))
-    if by_backend is None or plan.stateless or frozen or _watched(vectors):
-        written = False
-    else:
-        written = by_backend(vectors, saved, plan.tables)
-    if written:
+    left_to_torch = by_backend is None or plan.stateless or _watched(vectors) or _are_frozen(vectors)
+    if not left_to_torch and by_backend(vectors, saved, plan.tables):
         _increment_versions(vectors)
         return
     with torch.no_grad():
         torch._foreach_copy_(vectors, plan.vectors_of(saved))
+
+
+def _are_frozen(vectors: Sequence[Tensor]) -> bool:
+    """Whether some were made in inference mode and this is outside of it: an error, which is torch's."""
+    return not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, vectors))
 
 
 def _increment_versions(tensors: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The order of memory in PTX: what stands between stores and a release, and between an acquire and loads."""
+"""The order of memory in PTX: what stands between stores and a release or reader, and between an acquire and loads."""
 
 import re
 
@@ -6,6 +6,7 @@ BARRIER, STORE = re.compile(r"\b(bar|barrier)\.sync\b"), re.compile(r"\bst\.(vol
 RELEASE = re.compile(r"\batom\.(global\.gpu\.)?(acq_rel|release)\b")
 ACQUIRE = re.compile(r"\b(ld\.global\.gpu\.acquire|ld\.acquire\.gpu\.global|atom\.global\.gpu\.acquire)\b")
 LOAD = re.compile(r"\bld\.global\b(?!\.gpu\.acquire)")
+LINE = re.compile(r"^\s*\.loc\s+\d+\s+(\d+)\b")
 
 
 def unordered(ptx: str) -> list[str]:
@@ -24,3 +25,20 @@ def unordered(ptx: str) -> list[str]:
         elif LOAD.search(line) and acquired:
             faults.append(f"{line.strip()} follows {acquired.strip()} without a barrier")
     return faults
+
+
+def read_too_early(ptx: str, line_number: int) -> tuple[int, list[str]]:
+    """Loads that a line of the kernels' source became: how many, and those with a store since the last barrier."""
+    stored, here, found, faults = "", False, 0, []
+    for line in ptx.splitlines():
+        if place := LINE.match(line):
+            here = int(place[1]) == line_number
+        elif BARRIER.search(line):
+            stored = ""
+        elif STORE.search(line):
+            stored = line
+        elif LOAD.search(line) and here:
+            found += 1
+            if stored:
+                faults.append(f"{line.strip()} follows {stored.strip()} without a barrier")
+    return found, faults

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from ptx import ACQUIRE, BARRIER, RELEASE, unordered
+from ptx import ACQUIRE, BARRIER, RELEASE, read_too_early, unordered
 from sass import count, innermost_loops, instructions, loops_around
 
+from bssn_kernels.backends import _launch
 from bssn_kernels.backends._geometry import COLS, ROWS, WHOLE_ROWS
 from bssn_kernels.backends.triton import _installed
 
@@ -215,6 +216,32 @@ def test_a_missing_barrier_would_be_found(compiled):
     poll = next(i for i, line in enumerate(ptx) if ACQUIRE.search(line))
     without = [line for line in ptx[poll:] if not BARRIER.search(line)]
     assert unordered("\n".join([*ptx[: poll], *without]))
+
+
+# What threads of a program read that others of its threads have just written.
+SHARED_IN_A_PROGRAM = {
+    "the squares of a tile's whole rows": "s = tl.load(slab_ptr + i + o, mask=i + o < rows, other=0.0)",
+    "the product with a new slab": "sums += (tl.load(raw_ptr + e, mask=i + o < n, other=0.0",
+}
+
+
+def source_line(text: str) -> int:
+    lines = Path(_launch.__file__).with_name("_triton_kernels.py").read_text().splitlines()
+    (number,) = [i for i, line in enumerate(lines, 1) if text in line]
+    return number
+
+
+@pytest.mark.parametrize("what", SHARED_IN_A_PROGRAM)
+def test_what_other_threads_wrote_is_read_after_a_barrier(kernels, what):
+    number, places = source_line(SHARED_IN_A_PROGRAM[what]), 0
+    for k in kernels:
+        if k["kernel"] == "forward_kernel":
+            found, faults = read_too_early(k["ptx"], number)
+            assert found and not faults, (k["name"], faults)
+            places += found
+            without = "\n".join(line for line in k["ptx"].splitlines() if not BARRIER.search(line))
+            assert read_too_early(without, number)[1], "the check itself"
+    assert places
 
 
 def test_nothing_is_read_past_the_caches_that_this_launch_writes(kernels):
