@@ -149,8 +149,11 @@ class Attach(torch.autograd.Function):
         ]
         if not which:
             return (None, None, None, None, *weight_grads, *gain_grads)
-        dense = [_dense(grads[k]) for k in which]
-        if torch.is_grad_enabled() or any(map(_is_batched, dense)):
+        dense, batched = [grads[k] for k in which], False
+        if not torch.compiler.is_compiling():  # tracing cannot read layouts, and knows neither of the two
+            dense = [g if g.layout == torch.strided else g.to_dense() for g in dense]  # embeddings may send sparse ones
+            batched = any(map(torch._C._functorch.is_legacy_batchedtensor, dense))
+        if torch.is_grad_enabled() or batched:
             for k, grad in zip(which, dense):
                 gain = ctx.gains[gain_of[k]] if k in gain_of else None
                 weight_grads[k], gain_grad = _composed_layer(ctx, k, grad, gain)
@@ -175,15 +178,6 @@ def _check_versions(ctx) -> None:
                 f"layer {ctx.plan.specs[i].name!r}: its weight was changed in place between forward and backward "
                 f"(expected version {version}, got {weight._version}); run the optimizer step after the backward"
             )
-
-
-def _dense(grad: Tensor) -> Tensor:
-    """Embeddings may send sparse gradients; tracing knows none, and cannot read the layout."""
-    return grad if torch.compiler.is_compiling() or grad.layout == torch.strided else grad.to_dense()
-
-
-def _is_batched(grad: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _composed_layer(ctx, k: int, grad: Tensor, gain: Tensor | None) -> tuple[Tensor | None, ...]:
