@@ -82,6 +82,7 @@ def store(vectors: Sequence[Tensor], saved: Tensor, plan: GroupPlan) -> None:
     """
     by_backend = getattr(plan.backend, "store", None)
     left_to_torch = by_backend is None or plan.stateless or _watched(vectors) or _are_frozen(vectors)
+    left_to_torch = left_to_torch or not plan.fits(vectors)
     if not left_to_torch and by_backend(vectors, saved, plan.tables):
         _increment_versions(vectors)
         return

@@ -78,12 +78,9 @@ class Part:
         return weights if self.plan.matches(weights) else None
 
     def vectors(self) -> list[Tensor]:
-        """The stored vectors, flat; devices are looked at when they are other tensors than before, sizes always: a
-        kernel that is given less would write past its end.
-        """
+        """The stored vectors, flat; shapes and devices are looked at when they are other tensors than before."""
         vectors = [buffers[name] for buffers, name in self.vector_places]
-        same = len(vectors) == len(self.known) and all(map(operator.is_, vectors, self.known))
-        if not same or list(map(Tensor.numel, vectors)) != self.plan.sizes:
+        if len(vectors) != len(self.known) or not all(map(operator.is_, vectors, self.known)):
             self._check(vectors)
             self.known = vectors
         return vectors

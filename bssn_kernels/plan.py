@@ -245,6 +245,10 @@ class GroupPlan:
             for w, (shape, stride) in zip(weights, self._identity)
         )
 
+    def fits(self, vectors: Sequence[Tensor]) -> bool:
+        """Whether stored vectors, flat, have the sizes of this plan."""
+        return list(map(Tensor.numel, vectors)) == self.sizes
+
     def op_vectors(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The op's vectors: the stored ones, and ones for layers that keep none."""
         if not self.stateless:

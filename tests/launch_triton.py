@@ -82,12 +82,13 @@ def main(file: str) -> None:
         return ask(self, *args, **kwargs)
 
     weights = [torch.randn(6, 8), torch.randn(4, 6, 3, 3)]
-    plan = functional.plan_for(weights, gain=True, backend="triton")
+    plan = functional.plan_for(weights, gain=True, semantics="paper", backend="triton")
     vectors, gains = [torch.randn(n) for n in plan.sizes], [torch.ones(1) for _ in weights]
 
-    def forward(what: str, vectors=vectors, gains=gains, dtype=None):
+    def forward(what: str, vectors=vectors, gains=gains, dtype=None, other_plan=None):
         noted.append({"what": what, "asked": 0})
-        outs, saved = functional.launch(weights, vectors, plan, [1, 1], gains, dtype)
+        gains = () if other_plan else gains
+        outs, saved = functional.launch(weights, vectors, other_plan or plan, [1, 1], gains, dtype)
         noted[-1]["moving"] = [x.data_ptr() for x in (*outs, saved)]
         return outs, saved
 
@@ -96,10 +97,10 @@ def main(file: str) -> None:
         found, gains = ops.normalize_backward(grads, weights, saved, plan.tables, [0, 1], "triton")
         noted[-1]["moving"] = [x.data_ptr() for x in (*grads, saved, *found, gains)]
 
-    def store(what: str, saved, vectors=vectors) -> None:
+    def store(what: str, saved, vectors=vectors, other_plan=None) -> None:
         noted.append({"what": what, "asked": 0, "moving": [saved.data_ptr()]})
         before = [x._version for x in vectors]
-        ops.store(vectors, saved, plan)
+        ops.store(vectors, saved, other_plan or plan)
         assert all(x._version > version for x, version in zip(vectors, before))
 
     with patch.object(JITFunction, "run", asked):
@@ -116,6 +117,12 @@ def main(file: str) -> None:
             store("store", saved)
         store("no launch: vectors in half precision", other[1], halves)
         store("no launch: vectors elsewhere", kept[0][1], [x.clone() for x in vectors])
+        other_plan = functional.plan_for(weights, backend="triton")
+        _, saved = forward("forward of another plan", other_plan=other_plan)
+        triton.capturing = lambda stream: True
+        store("no launch: never stored before the capture", saved, other_plan=other_plan)
+        store("store", kept[0][1])
+        triton.capturing = lambda stream: False
         for outs, saved in kept:
             backward("backward", outs, saved)
         for _ in range(2):

@@ -28,7 +28,9 @@ def unordered(ptx: str) -> list[str]:
 
 
 def read_too_early(ptx: str, line_number: int) -> tuple[int, list[str]]:
-    """Loads that a line of the kernels' source became: how many, and those with a store since the last barrier."""
+    """Loads that a line of the kernels' source became: how many, and those with a store since the last barrier, in the
+    order of the text.
+    """
     stored, here, found, faults = "", False, 0, []
     for line in ptx.splitlines():
         if place := LINE.match(line):

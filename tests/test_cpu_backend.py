@@ -113,7 +113,7 @@ def test_vectors_that_became_shorter():
     norm, memory = model[int(LAYERS[0])].parametrizations.weight[0], torch.zeros(1000)
     n = norm._v.numel()
     norm._v.data = memory[:3]
-    with pytest.raises(ValueError, match=rf"layer '{LAYERS[0]}': expected _v of shape \({n},\) on cpu, got \(3,\)"):
+    with pytest.raises(ValueError, match=rf"layer '{LAYERS[0]}': expected a vector \({n},\) .*got \(3,\)"):
         model(images(dtype=torch.float32))
     assert not memory.any()
 

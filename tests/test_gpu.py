@@ -138,6 +138,33 @@ def test_beside_another_kernel_and_on_two_streams(name):
     assert all(torch.equal(x, first.saved) for x in found)
 
 
+@pytest.mark.parametrize("semantics", ["torch", "miyato"])
+def test_a_graph_of_a_fused_forward_moves_the_vectors(name, semantics):
+    """Each replay iterates and stores, as an eager forward does; the capture itself does neither."""
+    nets = [plain(torch.float32).cuda() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    groups = [bk.normalize(net, "bssn", semantics=semantics, backend=name) for net in nets]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x = torch.randn(2, 3, 6, 6, device="cuda")
+    with torch.no_grad():
+        for _ in range(5):
+            nets[1](x)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                nets[0](x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            nets[0](x)
+        for _ in range(3):
+            graph.replay()
+    assert all(name in repr(group) for group in groups)
+    for (key, found), (_, expected) in zip(nets[0].named_buffers(), nets[1].named_buffers(), strict=True):
+        assert torch.equal(found, expected), key
+
+
 @pytest.mark.parametrize("graphs", [1, 2, 4])
 def test_graphs_replayed_beside_eager_calls(name, graphs):
     """Each graph has counters of its own: two are at hand, more are made."""

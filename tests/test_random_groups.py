@@ -149,6 +149,7 @@ def guarded(tmp_path_factory) -> ModuleType:
 
 @pytest.mark.parametrize(("shape", "layout"), FEW_CHANNELS, ids=str)
 def test_nothing_is_written_outside_of_its_place(guarded, monkeypatch, shape, layout):
+    monkeypatch.delenv("BSSN_CPU_ISA", raising=False)
     monkeypatch.setattr(cpu, "_load", lambda: (guarded, ""))
     for semantics in semantics_names():
         for iterations in (0, 1, 2):
@@ -161,6 +162,7 @@ def test_nothing_is_written_outside_of_its_place(guarded, monkeypatch, shape, la
 @hypothesis.given(draft=layer_drafts(), other=layer_drafts())
 def test_no_layer_writes_outside_of_its_place(guarded, monkeypatch, dtype, draft, other):
     """Alone, where no larger layer's memory hides it, and beside another one; eval too, whatever was drawn."""
+    monkeypatch.delenv("BSSN_CPU_ISA", raising=False)
     monkeypatch.setattr(cpu, "_load", lambda: (guarded, ""))
     for drafts in ([draft], [{**draft, "iterations": 0}], [draft, other]):
         run([Layer(one, dtype) for one in drafts], "cpu")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,7 +130,7 @@ class Launch:
 
     @classmethod
     def make(cls, schedule: Schedule, layers: str, device: torch.device) -> Launch:
-        names = ("tiles", "blocks", "layers", "vectors", "floats")
+        names = ("tiles", "blocks", "layers", "vectors", "floats", "stores")
         tables = {name: getattr(schedule, name).to(device) for name in names}
         n = schedule.n_counters * COUNTER_STRIDE
         spares = []
@@ -180,12 +179,17 @@ class Addresses:
     vectors: tuple[int, ...] = ()
 
 
-class Made(NamedTuple):
-    """What stores the vectors of a forward: it hangs on `saved`, and everything in it is on the device already."""
+class Made:
+    """What stores the vectors of a forward: it hangs on `saved`, and everything in it is on the device already.
 
-    launch: Launch
-    addresses: Addresses
-    stream: torch.cuda.Stream | None
+    A copy of `saved`, and what is read from a file, have none.
+    """
+
+    def __init__(self, launch: Launch, addresses: Addresses, stream: torch.cuda.Stream | None) -> None:
+        self.launch, self.addresses, self.stream = launch, addresses, stream
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
     @staticmethod
     def of(saved: Tensor, vectors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> Made | None:

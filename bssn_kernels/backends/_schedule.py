@@ -61,6 +61,7 @@ class Schedule:
 
     Attributes:
         tiles, blocks, layers, vectors, floats: what the kernels read, on the CPU; columns as in *_FIELDS.
+        stores: those of `vectors` that belong where the stored ones are; the others are starts of iterations.
         n_counters: int32 counters, the first of which is the ticket.
         workspace, doubles: numbers in accumulation dtype and in float64 that a launch needs.
         general: whether a layer needs role 1; through: whether one differentiates through its iteration.
@@ -99,6 +100,7 @@ class Schedule:
         self.tiles = table(order.tiles, TILE_FIELDS, torch.int32)
         self.blocks = table(blocks, BLOCK_FIELDS, torch.int32)
         self.vectors = table(self._vectors, VECTOR_FIELDS, torch.int64)
+        self.stores = self.vectors[self.vectors[:, VECTOR_FIELDS.index("start")] == 0]
         names = [*LAYER_FIELDS, *(f"{name}{e}" for e in range(2) for name in ROLE_FIELDS)]
         self.layers = table([[t.get(name, 0) for name in names] for t in self._tables], names, torch.int64)
         floats = [[r.eps, r.weight_out, r.weight_in, r.floor, r.gain] for r in rows]

@@ -760,7 +760,7 @@ def _write_vectors(tp, vectors_ptr, address_ptr, vector_ptr, saved_ptr, work_ptr
 
 @triton.jit
 def store_kernel(vectors_ptr, address_ptr, vector_ptr, saved_ptr, BLOCK: tl.constexpr):
-    """The new vectors from `saved` to where they are stored; a program for each part that the forward wrote."""
+    """The new vectors from `saved` to where they are stored; a program for each part of one."""
     vp = vectors_ptr + tl.program_id(0) * VECTOR_WIDTH
     ap = address_ptr + tl.load(vp + V_LAYER) * ADDRESS_WIDTH
     to_ptr, from_ptr = vector_ptr + tl.load(ap + tl.load(vp + V_ADDRESS)), saved_ptr + tl.load(vp + V_SAVED)

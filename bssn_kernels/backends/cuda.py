@@ -149,7 +149,7 @@ class CudaBackend:
             made = Made.of(saved, vectors, stream)
             if made is None:
                 return False
-            parts, addresses = made.launch.tables["vectors"], made.addresses.table
+            parts, addresses = made.launch.tables["stores"], made.addresses.table
             try:
                 _load()[0].store(
                     parts.data_ptr(),

@@ -150,7 +150,7 @@ class TritonBackend:
             made = Made.of(saved, vectors, stream)
             if made is None or (capturing(stream) and STORE not in made.launch.ready):
                 return False
-            parts = made.launch.tables["vectors"]
+            parts = made.launch.tables["stores"]
             arguments = parts, made.addresses.table, State.anchor(dtype, device), saved
 
             def prepare() -> Prepared:
@@ -288,6 +288,8 @@ def _start(
             _interpret(kernel[(programs,)], *arguments, **named)
             return
         compiled = kernel[(programs,)](*arguments, **named, **options)
+        if hasattr(compiled, "result"):  # of Triton's AsyncCompileMode
+            compiled = compiled.result()
         if compiled is not None:  # where a hook of Triton's keeps it from compiling
             rest = tuple(named[name] for name in kernel.arg_names[len(arguments) :])
             launch.ready[kinds] = compiled[(programs, 1, 1)], rest

@@ -107,7 +107,7 @@ BSSN_DEVICE_CALL void write_vectors(const LaunchParams& launch, const Tile& tile
   }
 }
 
-// The same from `saved` to where they are stored, by the whole program.
+// A part of a new vector from `saved` to where it is stored, by the whole program.
 template <class A>
 BSSN_DEVICE void store_part(const VectorPart& part, const Address* addresses, const void* saved) {
   const A* from = static_cast<const A*>(saved) + part.saved;

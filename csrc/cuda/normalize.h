@@ -21,7 +21,7 @@ struct Call {
 
 // The new vectors of a forward, from `saved` to where they are stored, in accumulation dtype.
 struct StoreCall {
-  const VectorPart* parts;  // those of the forward
+  const VectorPart* parts;  // those of the forward, without the starts of iterations
   int n;
   const Address* addresses;
   const void* saved;
