@@ -374,7 +374,7 @@ class Forward {
       if (streaming_) {
         for (; i < n && !aligned(out + i); ++i) store_one(out + i, load_one<A>(w + i) * m);
         for (; i + kLanes<A> <= n; i += kLanes<A>) {
-          prefetch<kLanes<A>>(w + i + kAhead);
+          prefetch<kLanes<A>>(w + i + (i + kAhead < n ? kAhead : kAhead - 2 * kBlock));  // or in the block below
           stream(out + i, load<A>(w + i) * m);
         }
       }
