@@ -93,8 +93,7 @@ class Run:
     ) -> None:
         self.plan, self.dtype, self.iterations, self.stored = plan, dtype, iterations, stored
         self.weights, self.vectors, self.gains = weights, vectors, gains
-        if not plan.fits(vectors):  # the same tensors as before, and shorter: a kernel would go past their end
-            functional.check_vectors(vectors, plan)
+        plan.check_sizes(vectors)  # they may be the same tensors as before, and shorter
         if functional.needs_composed(weights):
             self.starts, self.saved = [v.clone() for v in vectors], None
             with _uncounted():

@@ -283,22 +283,6 @@ def _check_tensors(weights, vectors, gains, plan: GroupPlan) -> None:
             raise ValueError(
                 f"layer {spec.name!r}: expected strides {spec.stride}, got {tuple(w.stride())}; make a new plan"
             )
-    check_vectors(vectors, plan)
-    accumulation = accumulation_dtype(plan.dtype)
-    owners = [spec for spec in plan.specs if spec.gain]
-    if len(gains) != len(owners):
-        raise ValueError(f"gains: expected {len(owners)} tensors, got {len(gains)}")
-    for gain, spec in zip(gains, owners):
-        fits = torch.promote_types(gain.dtype, accumulation) == accumulation
-        if gain.numel() != 1 or not fits or gain.device != plan.device:
-            raise ValueError(
-                f"layer {spec.name!r}: expected a gain of one element that fits {accumulation} on {plan.device}, "
-                f"got {tuple(gain.shape)} of {gain.dtype} on {gain.device}"
-            )
-
-
-def check_vectors(vectors: Sequence[Tensor], plan: GroupPlan) -> None:
-    """Refuse stored vectors that do not fit a plan, naming the layer."""
     shapes = [(spec.name, shape) for spec in plan.specs for shape in spec.vector_shapes]
     if len(vectors) != len(shapes):
         raise ValueError(f"vectors: expected {len(shapes)} tensors, flat in plan order, got {len(vectors)}")
@@ -309,4 +293,14 @@ def check_vectors(vectors: Sequence[Tensor], plan: GroupPlan) -> None:
             raise ValueError(
                 f"layer {name!r}: expected a vector {shape} that fits {accumulation} on {plan.device}, "
                 f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
+            )
+    owners = [spec for spec in plan.specs if spec.gain]
+    if len(gains) != len(owners):
+        raise ValueError(f"gains: expected {len(owners)} tensors, got {len(gains)}")
+    for gain, spec in zip(gains, owners):
+        fits = torch.promote_types(gain.dtype, accumulation) == accumulation
+        if gain.numel() != 1 or not fits or gain.device != plan.device:
+            raise ValueError(
+                f"layer {spec.name!r}: expected a gain of one element that fits {accumulation} on {plan.device}, "
+                f"got {tuple(gain.shape)} of {gain.dtype} on {gain.device}"
             )

@@ -249,6 +249,15 @@ class GroupPlan:
         """Whether stored vectors, flat, have the sizes of this plan."""
         return list(map(Tensor.numel, vectors)) == self.sizes
 
+    def check_sizes(self, vectors: Sequence[Tensor]) -> None:
+        """Refuse stored vectors that do not fit, which a kernel would read and write past their end."""
+        if self.fits(vectors):
+            return
+        shapes = [(spec.name, shape) for spec in self.specs for shape in spec.vector_shapes]
+        for x, (name, shape) in zip(vectors, shapes, strict=True):
+            if tuple(x.shape) != shape:
+                raise ValueError(f"layer {name!r}: expected a vector {shape} to be stored, got {tuple(x.shape)}")
+
     def op_vectors(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The op's vectors: the stored ones, and ones for layers that keep none."""
         if not self.stateless:

@@ -34,6 +34,16 @@ def native(form: str, dtype=torch.float64, seed=0) -> nn.Sequential:
     return net
 
 
+def scattered(dtype: torch.dtype) -> nn.Sequential:
+    """The same under torch's parametrization, its vectors far from where they are going."""
+    model = native("parametrization", dtype)
+    for name in LAYERS:
+        norm = model[int(name)].parametrizations.weight[0]
+        for vector in (norm._u, norm._v):
+            vector.copy_(nn.functional.normalize(torch.randn(len(vector)), dim=0))
+    return model
+
+
 FORMS = ("parametrization", "hook", "mixed")
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from nets import LAYERS, images, native
+from nets import LAYERS, images, native, scattered
 from zoo import Case, build, on_threads
 
 import bssn_kernels
@@ -68,11 +68,7 @@ def strided(vector: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("change", [torch.clone, torch.Tensor.double, strided], ids=["plain", "double", "strided"])
 def test_store(recorder, change):
     """One call stores all vectors; where they are not as the kernels have them, torch does. Autograd is told."""
-    model = native("parametrization", torch.float32)
-    for name in LAYERS:  # far from where they are going
-        norm = model[int(name)].parametrizations.weight[0]
-        for vector in (norm._u, norm._v):
-            vector.copy_(torch.nn.functional.normalize(torch.randn(len(vector)), dim=0))
+    model = scattered(torch.float32)
     other, x = copy.deepcopy(model), images(dtype=torch.float32)
     bssn_kernels.fuse(model, backend="cpu")
     norms = [model[int(name)].parametrizations.weight[0] for name in LAYERS]

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 import torch.nn as nn
-from nets import LAYERS, close, images, native, same, state
+from nets import LAYERS, close, images, native, same, scattered, state
 from zoo import Case, build, home
 
 import bssn_kernels as bk
@@ -164,19 +164,9 @@ class TestStore:
         monkeypatch.setattr(cls, "store", lambda *args: answers.append(store(*args)) or answers[-1])
         return answers
 
-    @staticmethod
-    def scattered(dtype: torch.dtype) -> nn.Module:
-        """A network whose vectors are far from where they are going."""
-        model = native("parametrization", dtype)
-        for name in LAYERS:
-            norm = model[int(name)].parametrizations.weight[0]
-            for vector in (norm._u, norm._v):
-                vector.copy_(nn.functional.normalize(torch.randn(len(vector)), dim=0))
-        return model
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
     def test_as_native(self, gpu_backend, stored, dtype):
-        model = self.scattered(dtype)
+        model = scattered(dtype)
         other, x = copy.deepcopy(model), images(dtype=dtype)
         bk.fuse(model, backend=gpu_backend)
         before = {name: x._version for name, x in model.named_buffers()}
@@ -247,7 +237,7 @@ class TestStore:
         assert _launch.Made.of(saved, layer.vectors, None)
 
     def test_vectors_of_another_dtype(self, gpu_backend, stored):
-        model = self.scattered(torch.float32)
+        model = scattered(torch.float32)
         norm = model[int(LAYERS[0])].parametrizations.weight[0]
         norm._u = norm._u.bfloat16()
         bk.fuse(model, backend=gpu_backend)
@@ -256,7 +246,7 @@ class TestStore:
         assert stored == [False] and norm._u.dtype == torch.bfloat16 and not torch.equal(norm._u, old)
 
     def test_vectors_that_moved_during_the_forward(self, gpu_backend, stored):
-        model = self.scattered(torch.float32)
+        model = scattered(torch.float32)
         bk.fuse(model, backend=gpu_backend)
         norm = model[int(LAYERS[0])].parametrizations.weight[0]
         old, memory = norm._u.clone(), norm._u.data
@@ -276,7 +266,7 @@ class TestStore:
         with pytest.raises(ValueError, match=r"layer 'Linear.weight': expected a vector \(8,\).*got \(3,\)"):
             layer.weight  # noqa: B018
         assert not memory.any()
-        model = self.scattered(torch.float32)
+        model = scattered(torch.float32)
         bk.fuse(model, backend=gpu_backend)
         vector = model[int(LAYERS[0])].parametrizations.weight[0]._v
         model[int(LAYERS[0])].register_forward_pre_hook(lambda module, args: (vector.resize_(3), None)[1])

@@ -1,6 +1,6 @@
 """How kernels get to a device: Triton is asked once for each kind of call, and what it told the driver is told again.
 
-On a stand-in for the driver; tests/test_gpu.py has the same on a device.
+On a stand-in for the driver; tests/test_gpu.py runs them on a device.
 """
 
 import json

@@ -30,6 +30,7 @@ from zoo import (
 
 from bssn_kernels import functional
 from bssn_kernels.backends import cpu
+from bssn_kernels.backends._geometry import WHOLE_ROWS
 from bssn_kernels.backends._schedule import ForwardSchedule
 from bssn_kernels.plan import LayerSpec, Layout, layer_rows, layer_table
 from bssn_kernels.variants import semantics_names
@@ -101,7 +102,7 @@ def test_rows_that_a_program_holds(backend, dtype, two_directions):
     specs = [build(case).spec for case in cases]
     rows = layer_rows(layer_table(specs, Layout(specs)))
     schedule = ForwardSchedule(rows, [1] * len(rows), dtype.itemsize, whole_rows=[True] * len(rows))
-    lengths = {g.L * dtype.itemsize > 4096 * min(dtype.itemsize, 4) // 4 for g in schedule.geometries if g.whole}
+    lengths = {WHOLE_ROWS[dtype.itemsize][1] // 4 < g.L for g in schedule.geometries if g.whole}
     assert schedule.general == two_directions
     assert lengths == {False, True} or dtype != torch.float32, "one row at once, and four"
     check(cases, backend)

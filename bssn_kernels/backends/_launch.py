@@ -193,11 +193,13 @@ class Made:
 
     @staticmethod
     def of(saved: Tensor, vectors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> Made | None:
-        """None where the vectors moved since, or another stream is the current one."""
+        """None where the forward read others, copies in accumulation dtype or ones that moved since; where they are of
+        another dtype than `saved`, or another stream is the current one.
+        """
         made = saved.__dict__.get("made")
-        if made is None or made.stream != stream or made.addresses.vectors != tuple(map(Tensor.data_ptr, vectors)):
+        if made is None or made.stream != stream or vectors[0].dtype != saved.dtype:
             return None
-        return made
+        return made if made.addresses.vectors == tuple(map(Tensor.data_ptr, vectors)) else None
 
 
 class State:

@@ -125,7 +125,7 @@ class CudaBackend:
         dtype, device = weights[0].dtype, weights[0].device
         accum = accumulation_dtype(dtype)
         state = State.of(tables[0])
-        given, vectors, gains = vectors, alike(vectors, accum), alike(gains, accum)
+        vectors, gains = alike(vectors, accum), alike(gains, accum)
         with on(device) as stream:
             launch = state.forward(tuple(iterations), dtype.itemsize, device, partial(_resident, True, dtype, device))
             addresses = state.addresses(("forward",), weights, vectors, gains, stream, absolute=True)
@@ -138,8 +138,7 @@ class CudaBackend:
                 )
             ]  # fmt: skip
             _run(True, launch, addresses.table, saved, None, dtypes, dtype, outs, stream)
-            if vectors is given and dtypes[2] == DTYPE_CODES[accum]:
-                saved.__dict__["made"] = Made(launch, addresses, stream)
+            saved.__dict__["made"] = Made(launch, addresses, stream)
         return outs, saved
 
     def store(self, vectors: Sequence[Tensor], saved: Tensor, tables: Sequence[Tensor]) -> bool:

@@ -116,7 +116,7 @@ class TritonBackend:
         dtype, device = weights[0].dtype, weights[0].device
         accum = accumulation_dtype(dtype)
         state = State.of(tables[0])
-        given, vectors, gains = vectors, alike(vectors, accum), alike(gains, accum)
+        vectors, gains = alike(vectors, accum), alike(gains, accum)
         with on(device) as stream:
             mixed = bool(vectors) and vectors[0].dtype != accum
             programs = partial(_resident, True, device, mixed=mixed)
@@ -139,8 +139,7 @@ class TritonBackend:
                 (vectors[0].dtype if vectors else accum, gains[0].dtype if gains else accum, outs[0].dtype),
                 mixed,
             )  # fmt: skip
-            if vectors is given and not mixed:
-                saved.__dict__["made"] = Made(launch, addresses, stream)
+            saved.__dict__["made"] = Made(launch, addresses, stream)
         return outs, saved
 
     def store(self, vectors: Sequence[Tensor], saved: Tensor, tables: Sequence[Tensor]) -> bool:
@@ -148,7 +147,7 @@ class TritonBackend:
         dtype, device = saved.dtype, saved.device
         with on(device) as stream:
             made = Made.of(saved, vectors, stream)
-            if made is None or (capturing(stream) and STORE not in made.launch.ready):
+            if made is None or (STORE not in made.launch.ready and capturing(stream)):
                 return False
             parts = made.launch.tables["stores"]
             arguments = parts, made.addresses.table, State.anchor(dtype, device), saved
