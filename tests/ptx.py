@@ -6,7 +6,8 @@ BARRIER, STORE = re.compile(r"\b(bar|barrier)\.sync\b"), re.compile(r"\bst\.(vol
 RELEASE = re.compile(r"\batom\.(global\.gpu\.)?(acq_rel|release)\b")
 ACQUIRE = re.compile(r"\b(ld\.global\.gpu\.acquire|ld\.acquire\.gpu\.global|atom\.global\.gpu\.acquire)\b")
 LOAD = re.compile(r"\bld\.global\b(?!\.gpu\.acquire)")
-LINE = re.compile(r"^\s*\.loc\s+\d+\s+(\d+)\b")
+FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"(.*)"', re.MULTILINE)
+LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)\b")
 
 
 def unordered(ptx: str) -> list[str]:
@@ -27,14 +28,15 @@ def unordered(ptx: str) -> list[str]:
     return faults
 
 
-def read_too_early(ptx: str, line_number: int) -> tuple[int, list[str]]:
-    """Loads that a line of the kernels' source became: how many, and those with a store since the last barrier, in the
+def read_too_early(ptx: str, file: str, line_number: int) -> tuple[int, list[str]]:
+    """Loads that a line of a source file became: how many, and those with a store since the last barrier, in the
     order of the text.
     """
+    files = {number for number, path in FILE.findall(ptx) if path.endswith("/" + file)}
     stored, here, found, faults = "", False, 0, []
     for line in ptx.splitlines():
         if place := LINE.match(line):
-            here = int(place[1]) == line_number
+            here = place[1] in files and int(place[2]) == line_number
         elif BARRIER.search(line):
             stored = ""
         elif STORE.search(line):

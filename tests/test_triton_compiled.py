@@ -225,22 +225,24 @@ SHARED_IN_A_PROGRAM = {
 }
 
 
-def source_line(text: str) -> int:
-    lines = Path(_launch.__file__).with_name("_triton_kernels.py").read_text().splitlines()
-    (number,) = [i for i, line in enumerate(lines, 1) if text in line]
-    return number
+def source_of(text: str) -> tuple[str, int]:
+    """File and line of the kernels that have this text."""
+    files = Path(_launch.__file__).with_name("_triton_kernels").glob("*.py")
+    lines = [(file.name, i, line) for file in files for i, line in enumerate(file.read_text().splitlines(), 1)]
+    ((name, number, _),) = [found for found in lines if text in found[2]]
+    return name, number
 
 
 @pytest.mark.parametrize("what", SHARED_IN_A_PROGRAM)
 def test_what_other_threads_wrote_is_read_after_a_barrier(kernels, what):
-    number, places = source_line(SHARED_IN_A_PROGRAM[what]), 0
+    source, places = source_of(SHARED_IN_A_PROGRAM[what]), 0
     for k in kernels:
         if k["kernel"] == "forward_kernel":
-            found, faults = read_too_early(k["ptx"], number)
+            found, faults = read_too_early(k["ptx"], *source)
             assert found and not faults, (k["name"], faults)
             places += found
             without = "\n".join(line for line in k["ptx"].splitlines() if not BARRIER.search(line))
-            assert read_too_early(without, number)[1], "the check itself"
+            assert read_too_early(without, *source)[1], "the check itself"
     assert places
 
 

@@ -69,7 +69,7 @@ def _interpreter_reason() -> str:
 
 
 class TritonBackend:
-    """Triton kernels; see _triton_kernels.py."""
+    """Triton kernels; see _triton_kernels."""
 
     name = "triton"
     devices = ("cuda",)
