@@ -1,16 +1,13 @@
 """The CPU backend's surroundings: instruction set, threads, a forked child."""
 
-import copy
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from nets import LAYERS, images, native, scattered
 from zoo import Case, build, on_threads
 
-import bssn_kernels
 from bssn_kernels import functional
 from bssn_kernels.backends import cpu
 
@@ -59,76 +56,6 @@ def test_threads_are_torchs(recorder, count):
         prepare()()
     calls = {name: args[-1] for name, args in recorder.calls if name in ("forward", "backward")}
     assert calls == {"forward": count, "backward": count}
-
-
-def strided(vector: torch.Tensor) -> torch.Tensor:
-    return torch.stack([vector, vector], dim=1)[:, 0]
-
-
-@pytest.mark.parametrize("change", [torch.clone, torch.Tensor.double, strided], ids=["plain", "double", "strided"])
-def test_store(recorder, change):
-    """One call stores all vectors; where they are not as the kernels have them, torch does. Autograd is told."""
-    model = scattered(torch.float32)
-    other, x = copy.deepcopy(model), images(dtype=torch.float32)
-    bssn_kernels.fuse(model, backend="cpu")
-    norms = [model[int(name)].parametrizations.weight[0] for name in LAYERS]
-    for norm in norms:
-        norm._u, norm._v = change(norm._u), change(norm._v)
-    vectors = [v for norm in norms for v in (norm._u, norm._v)]
-    before = [v._version for v in vectors]
-    for net in (model, other):
-        net(x)
-    assert sum(name == "store" for name, _ in recorder.calls) == (change is torch.clone)
-    assert all(v._version > version for v, version in zip(vectors, before))
-    natives = [other[int(name)].parametrizations.weight[0] for name in LAYERS]
-    for vector, expected in zip(vectors, (v for norm in natives for v in (norm._u, norm._v))):
-        torch.testing.assert_close(vector, expected, check_dtype=False)
-
-
-@pytest.mark.parametrize("which", ["all", "the last"])
-def test_vectors_of_inference_mode(which):
-    """Outside of it torch's error, as natively, and not a silent write."""
-    if which == "all":
-        with torch.inference_mode():
-            model = native("parametrization", torch.float32)
-    else:
-        model = native("parametrization", torch.float32)
-        norm = model[int(LAYERS[-1])].parametrizations.weight[0]
-        with torch.inference_mode():
-            norm._v = norm._v.clone()
-    bssn_kernels.fuse(model, backend="cpu")
-    with torch.no_grad(), pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
-        model(images(dtype=torch.float32))
-
-
-def test_vectors_that_became_shorter():
-    """The tensors are the same objects, so that nobody else would look."""
-    model = native("parametrization", torch.float32)
-    bssn_kernels.fuse(model, backend="cpu")
-    model(images(dtype=torch.float32))
-    norm, memory = model[int(LAYERS[0])].parametrizations.weight[0], torch.zeros(1000)
-    n = norm._v.numel()
-    norm._v.data = memory[:3]
-    with pytest.raises(ValueError, match=rf"layer '{LAYERS[0]}': expected a vector \({n},\) .*got \(3,\)"):
-        model(images(dtype=torch.float32))
-    assert not memory.any()
-
-
-def test_vectors_that_moved_during_the_forward(recorder):
-    """They are stored where they are then."""
-    model = native("parametrization", torch.float32)
-    bssn_kernels.fuse(model, backend="cpu")
-    norm = model[int(LAYERS[0])].parametrizations.weight[0]
-    norm._u.normal_()
-    old = norm._u.clone()
-
-    def move(module, args) -> None:
-        norm._u.data = norm._u.data.clone()
-
-    model[int(LAYERS[0])].register_forward_pre_hook(move)
-    model(images(dtype=torch.float32))
-    assert not torch.equal(norm._u, old) and not any(name == "store" for name, _ in recorder.calls)
-    torch.testing.assert_close(norm._u.norm(), torch.tensor(1.0))
 
 
 def test_plain_is_everywhere_and_the_best_is_the_default(monkeypatch):

@@ -11,14 +11,13 @@ import os
 import pytest
 import torch
 import torch.nn as nn
-from nets import LAYERS, close, images, native, same, scattered, state
+from nets import close, images, native, same, state
 from zoo import Case, build, home
 
 import bssn_kernels as bk
 from bssn_kernels import backends, functional
 from bssn_kernels.backends import _launch
 from bssn_kernels.backends._geometry import FLAT
-from bssn_kernels.backends._schedule import ForwardSchedule
 from bssn_kernels.backends._tables import (
     INNER,
     LAYER_FIELDS,
@@ -27,10 +26,9 @@ from bssn_kernels.backends._tables import (
     SCALE,
     TILE_FIELDS,
     UPDATE,
-    VECTOR_FIELDS,
 )
-from bssn_kernels.plan import SCALARS, LayerSpec, Layout, layer_rows, layer_table
-from bssn_kernels.variants import Semantics, Variant, semantics_names
+from bssn_kernels.plan import SCALARS, LayerSpec, Layout, layer_table
+from bssn_kernels.variants import Variant
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -151,128 +149,6 @@ class TestTables:
         for iterations in (1, 2, 1, 3, 1, 4, 1):
             functional.spectral_normalize(weights, vectors, plan, iterations)
         assert made.count("ForwardSchedule") == 4
-
-
-class TestStore:
-    """The new vectors of a forward go to where they are stored in one launch, which autograd is told of."""
-
-    @pytest.fixture
-    def stored(self, gpu_backend, monkeypatch) -> list[bool]:
-        """What the backend answered."""
-        cls, answers = type(backends.get(gpu_backend)), []
-        store = cls.store
-        monkeypatch.setattr(cls, "store", lambda *args: answers.append(store(*args)) or answers[-1])
-        return answers
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-    def test_as_native(self, gpu_backend, stored, dtype):
-        model = scattered(dtype)
-        other, x = copy.deepcopy(model), images(dtype=dtype)
-        bk.fuse(model, backend=gpu_backend)
-        before = {name: x._version for name, x in model.named_buffers()}
-        for net in (model, other):
-            net(x)
-            net(x)
-        assert stored == [True, True]
-        for (name, found), (_, expected) in zip(model.named_buffers(), other.named_buffers(), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-            assert found._version >= before[name] + 2
-
-    @pytest.mark.parametrize("iterations", [1, 2])
-    @pytest.mark.parametrize("semantics", [*semantics_names(), "through"])
-    def test_two_directions_of_every_layout(self, gpu_backend, stored, semantics, iterations):
-        """Parts of long vectors, and vectors whose order in memory is another one."""
-        torch.manual_seed(0)
-        layers = [nn.Conv2d(40, 3, 12), nn.Conv2d(6, 10, (3, 2)).to(memory_format=torch.channels_last)]
-        layers += [nn.ConvTranspose2d(7, 12, 4), nn.Linear(5, 4), nn.Conv3d(3, 5, (2, 3, 2))]
-        if semantics == "through":
-            semantics = Semantics("uv", "max", "stored", "through", "forward", "normal")
-        rule = {"semantics": semantics, "n_power_iterations": iterations}
-        group = bk.normalize(nn.Sequential(*layers), "bssn", backend=gpu_backend, **rule)
-        other = copy.deepcopy(group)
-        for layer in other.layers:
-            layer.rule.backend = "reference"
-        for one in (group, other):
-            one.update()
-        assert stored == [True]
-        same_names = zip(group.root.named_buffers(), other.root.named_buffers(), strict=True)
-        for (name, found), (_, expected) in same_names:
-            error = (found - expected).abs().max() / expected.abs().max()
-            assert error < 1e-5, name
-
-    def test_a_layer_alone(self, gpu_backend, stored):
-        semantics = Semantics("vu", "add", "stored", "through", "forward", "normal")
-        layers = [bk.spectral_norm(nn.Linear(8, 6), semantics=semantics, backend=gpu_backend)]
-        layers.append(copy.deepcopy(layers[0]))
-        layers[1].parametrizations.weight[0].backend = "reference"
-        for _ in range(3):
-            torch.testing.assert_close(*[layer.weight for layer in layers])
-        assert stored == [True] * 3
-
-    def test_no_two_programs_write_to_the_same_place(self):
-        """One for each part of a stored vector, whatever else the forward has to write."""
-        rule = {"semantics": "paper", "variant": Variant(0.5, 0.5)}
-        weights = [torch.empty(300, 20, 5, 5), torch.empty(7, 9000), torch.empty(6, 10, 4, 4)]
-        specs = [LayerSpec.of(w, name=str(i), axis=i == 2, **rule) for i, w in enumerate(weights)]
-        rows = layer_rows(layer_table(specs, Layout(specs)))
-        for iterations in (0, 1, 2, 3):
-            schedule = ForwardSchedule(rows, [iterations] * 3, 4)
-            places: dict[tuple[int, int], list[int]] = {}
-            for part in (dict(zip(VECTOR_FIELDS, part)) for part in schedule.stores.tolist()):
-                e = torch.arange(part["begin"], part["begin"] + part["count"])
-                at = e // part["divisor"] * part["high"] + e % part["divisor"] * part["low"]
-                places.setdefault((part["layer"], part["address"]), []).extend(at.tolist())
-            sizes = sorted(n for spec in specs for shape in spec.matrix_shapes for n in shape)
-            assert sorted(map(len, places.values())) == sizes
-            assert all(sorted(at) == list(range(len(at))) for at in places.values())
-            assert len(schedule.vectors) > len(schedule.stores)
-
-    def test_a_state_can_be_copied_and_saved(self, gpu_backend, tmp_path):
-        layer = build(Case("linear"))
-        plan = functional.make_plan([layer.spec], gpu_backend)
-        saved = functional.spectral_normalize([layer.weight], layer.vectors, plan).saved
-        torch.save(saved, tmp_path / "saved")
-        for other in (torch.load(tmp_path / "saved", weights_only=False), copy.deepcopy(saved)):
-            assert torch.equal(other, saved) and _launch.Made.of(other, layer.vectors, None) is None
-        assert _launch.Made.of(saved, layer.vectors, None)
-
-    def test_vectors_of_another_dtype(self, gpu_backend, stored):
-        model = scattered(torch.float32)
-        norm = model[int(LAYERS[0])].parametrizations.weight[0]
-        norm._u = norm._u.bfloat16()
-        bk.fuse(model, backend=gpu_backend)
-        old = norm._u.clone()
-        model(images(dtype=torch.float32))
-        assert stored == [False] and norm._u.dtype == torch.bfloat16 and not torch.equal(norm._u, old)
-
-    def test_vectors_that_moved_during_the_forward(self, gpu_backend, stored):
-        model = scattered(torch.float32)
-        bk.fuse(model, backend=gpu_backend)
-        norm = model[int(LAYERS[0])].parametrizations.weight[0]
-        old, memory = norm._u.clone(), norm._u.data
-
-        def move(module, args) -> None:
-            norm._u.data = norm._u.data.clone()
-
-        model[int(LAYERS[0])].register_forward_pre_hook(move)
-        model(images(dtype=torch.float32))
-        assert stored == [False] and not torch.equal(norm._u, old) and torch.equal(memory, old)
-
-    def test_vectors_that_became_shorter(self, gpu_backend, stored):
-        """During the forward it is torch's error, before it ours: nobody writes behind their end."""
-        layer = bk.spectral_norm(nn.Linear(8, 6), backend=gpu_backend)
-        norm, memory = layer.parametrizations.weight[0], torch.zeros(20)
-        norm._v.data = memory[:3]
-        with pytest.raises(ValueError, match=r"layer 'Linear.weight': expected a vector \(8,\).*got \(3,\)"):
-            layer.weight  # noqa: B018
-        assert not memory.any()
-        model = scattered(torch.float32)
-        bk.fuse(model, backend=gpu_backend)
-        vector = model[int(LAYERS[0])].parametrizations.weight[0]._v
-        model[int(LAYERS[0])].register_forward_pre_hook(lambda module, args: (vector.resize_(3), None)[1])
-        with pytest.raises(RuntimeError, match=r"must match the size"):
-            model(images(dtype=torch.float32))
-        assert stored == []
 
 
 @pytest.mark.parametrize("module", [nn.Linear(30, 20), nn.Conv2d(6, 8, 3), nn.ConvTranspose2d(4, 6, 4)])
