@@ -139,7 +139,11 @@ FAULTS = {
         "      A* const mine = shared.scratch + thread() * n;\n      barrier();",
         "      A* const mine = shared.scratch + thread() * n;",
     ),
-    "the counters are not cleared": ("collectives.cuh", "launch.counters[i] = 0;", "launch.counters[i] += 0;"),
+    "the counters are not cleared": (
+        "collectives.cuh",
+        "launch.counters[i * kCounterStride] = 0;",
+        "launch.counters[i * kCounterStride] += 0;",
+    ),
     "a counter is never raised": ("sums.cuh", "  raise(launch.counters, block.done, &shared.count);\n", ""),
 }
 

@@ -7,10 +7,12 @@ import copy
 import dataclasses
 import importlib
 import os
+import threading
 
 import pytest
 import torch
 import torch.nn as nn
+from drafts import Layer, draft_of, run
 from nets import close, images, native, same, state
 from zoo import Case, build, home
 
@@ -129,26 +131,65 @@ class TestTables:
             functional.spectral_normalize(weights, vectors, plan)
         assert made == ["ForwardSchedule", "addresses"]
 
-    def test_few_are_kept(self, gpu_backend, monkeypatch):
+    def test_few_are_kept(self, gpu_backend):
         """Whatever the mixtures of training and evaluation, and however often tensors move."""
-        monkeypatch.setattr(_launch, "KEPT_LAUNCHES", 4)
-        monkeypatch.setattr(_launch, "KEPT_ADDRESSES", 3)
         weights = [torch.randn(2, 3) for _ in range(6)]
         plan = functional.plan_for(weights, backend=gpu_backend)
         vectors = [torch.randn(n) for n in plan.sizes]
-        for i in range(2 + _launch.KEPT_LAUNCHES):
+        state = _launch.State.of(plan.tables[0])
+        state.kept = 4
+        for i in range(2 + state.kept):
             iterations = [i >> k & 1 for k in range(6)]
             functional.spectral_normalize(weights, [x.clone() for x in vectors], plan, iterations)
-        state = _launch.State.of(plan.tables[0])
-        assert len(state._launches) <= _launch.KEPT_LAUNCHES and len(state._addresses) <= _launch.KEPT_ADDRESSES
+        assert len(state._launches) == len(state._addresses) == state.kept
 
-    def test_what_is_used_stays(self, gpu_backend, made, monkeypatch):
-        monkeypatch.setattr(_launch, "KEPT_LAUNCHES", 2)
+    def test_a_backward_for_each_of_many_layers(self, gpu_backend, made):
+        """As with as many buckets: all of them are kept."""
+        net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(40)))
+        bk.normalize(net, backend=gpu_backend, backward_buckets=40)
+        for _ in range(2):
+            net(torch.randn(1, 2)).sum().backward()
+        assert made.count("BackwardSchedule") == 40
+
+    def test_a_plan_can_be_copied_and_saved(self, gpu_backend, tmp_path, monkeypatch):
+        """What is kept for it stands on the device, with streams and events, and is made anew."""
+        monkeypatch.setattr(_launch.State, "_upload", self.as_on_a_device(_launch.State._upload))
+        layer = build(Case("linear"))
+        plan = functional.make_plan([layer.spec], gpu_backend)
+        out = functional.spectral_normalize([layer.weight], layer.vectors, plan).weights[0]
+        other = copy.deepcopy(plan)
+        assert torch.equal(functional.spectral_normalize([layer.weight], layer.vectors, other).weights[0], out)
+        torch.save(plan.tables, tmp_path / "tables")
+        assert all(map(torch.equal, torch.load(tmp_path / "tables", weights_only=False), plan.tables))
+
+    @staticmethod
+    def as_on_a_device(upload):
+        def with_event(*args):
+            addresses = upload(*args)
+            addresses.uploaded = threading.Lock()  # no more to be copied than an event
+            return addresses
+
+        return staticmethod(with_event)
+
+    def test_what_is_used_stays(self, gpu_backend, made):
         plan = functional.plan_for([torch.randn(2, 3)], backend=gpu_backend)
+        _launch.State.of(plan.tables[0]).kept = 2
         weights, vectors = [torch.randn(2, 3)], [torch.randn(n) for n in plan.sizes]
         for iterations in (1, 2, 1, 3, 1, 4, 1):
             functional.spectral_normalize(weights, vectors, plan, iterations)
         assert made.count("ForwardSchedule") == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
+def test_a_class_for_each_of_many_columns(gpu_backend, dtype):
+    """Large kernels, as of a patch embedding: a row of an update needs more numbers of the vectors than anywhere."""
+    shapes = [(24, 3, 16, 16), (16, 3, 20, 20), (9, 4, 8, 8, 4), (40, 1, 128)]
+    drafts = [draft_of(shape, i, semantics="paper", axis=i == 1) for i, shape in enumerate(shapes)]
+    found, expected = (run([Layer(draft, dtype) for draft in drafts], name) for name in (gpu_backend, "reference"))
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        for x, y in zip(a, b, strict=True):
+            error = (x.double() - y.double()).norm() / y.double().norm()
+            assert error < {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 1e-2}[dtype], shapes[i]
 
 
 @pytest.mark.parametrize("module", [nn.Linear(30, 20), nn.Conv2d(6, 8, 3), nn.ConvTranspose2d(4, 6, 4)])

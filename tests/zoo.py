@@ -57,6 +57,8 @@ SHAPES = {
     "rows_3840": (12, 240, 4, 4),
     "rows_4096": (9, 4096),
     "rows_transposed": (25, 16, 6, 6),
+    # a class for each of 256 columns, as of a patch embedding
+    "patch": (24, 3, 16, 16),
     # 64 MiB of float32, more than caches hold
     "uncached": (4100, 4099),
 }

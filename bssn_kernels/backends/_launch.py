@@ -20,7 +20,7 @@ from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule, S
 from bssn_kernels.backends._tables import ADDRESSES
 from bssn_kernels.plan import FLOATS, LayerSpec, layer_rows
 
-KEPT_LAUNCHES, KEPT_ADDRESSES = 32, 32
+KEPT = 32  # launches of a plan at least, and tables of addresses
 COUNTER_STRIDE = 8  # int32 numbers: counters are 32 bytes apart
 SPARE_COUNTERS = 2
 OF_PEAK = 0.9  # of the bandwidth that a memory's clock and width promise; what an H200 gives
@@ -210,6 +210,7 @@ class State:
     def __init__(self, table: Tensor) -> None:
         self.rows = layer_rows(table)
         self.names: Sequence[str] = table.__dict__.get("names", ())
+        self.kept = max(KEPT, 2 * len(self.rows))  # each layer may have a backward of its own
         self._may_be_whole: list[bool] = []
         self._launches: dict[tuple, Launch] = {}
         self._addresses: dict[tuple, Addresses] = {}
@@ -226,6 +227,9 @@ class State:
     def anchor(dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor of this type at a multiple of 16 bytes, from which distances are counted."""
         return torch.zeros(64, dtype=dtype, device=device)
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copy of the plan makes its own
 
     def whole_rows(self, weights: Sequence[Tensor], iterations: Sequence[int]) -> tuple[bool, ...]:
         """The layers that have tiles of whole rows, for kernels that know them: where rows have the length for it and
@@ -276,7 +280,7 @@ class State:
         if found is None:
             if now:
                 raise RuntimeError(f"this {key[0]} was never run before the capture: {WARM_UP}")
-            if len(self._launches) >= KEPT_LAUNCHES:
+            if len(self._launches) >= self.kept:
                 oldest = min(self._launches.items(), key=lambda item: item[1].used)
                 self._launches.pop(oldest[0], None)
             found = self._launches[key] = Launch.make(make(), self._described(layers), device)
@@ -310,7 +314,7 @@ class State:
             place = Tensor.data_ptr if absolute else self._distance
             found = self._upload(self._places(place, weights, vectors, gains), weights[0].device, stream)
             found.vectors = of_vectors
-            if len(self._addresses) >= KEPT_ADDRESSES:
+            if len(self._addresses) >= self.kept:
                 self._addresses.pop(next(iter(self._addresses)))
         self._addresses[key] = found  # the last one used goes last
         if now:

@@ -155,6 +155,7 @@ BSSN_DEVICE void update_tile(const LaunchParams& launch, const Tile& tile, const
   const bool on1 = kBoth && terms[1].on, both = terms[0].other || (kBoth && terms[1].other);
   const SlabLayout layouts[2] = {SlabLayout(layer.roles[0], place, terms[0].on),
                                  SlabLayout(layer.roles[1], place, on1)};
+  static_assert(Shared<T, kBoth>::kStaged >= kStepRows<T> * 2 * (kBoth ? 1 + kCols<T> : 1), "room for a step");
   const SlabParts parts =
       SlabParts::of<kStepRows<T>, kRoles>(layouts, both ? 2 : 1, place, Shared<T, kBoth>::kStaged);
   A* staged[2][2];  // of each role: its slab, and what stands beside it

@@ -131,8 +131,9 @@ BSSN_DEVICE void leave(const Params& launch, Tickets& tickets) {
   barrier();
   if (thread() == 0) tickets.ticket = add_acquire_release(launch.counters + 1, 1);
   barrier();
-  if (tickets.ticket == launch.n_programs - 1)
-    for (int i = thread(); i < launch.n_counters * kCounterStride; i += kThreads) launch.counters[i] = 0;
+  if (tickets.ticket != launch.n_programs - 1) return;
+  for (int i = thread(); i < launch.n_counters; i += kThreads) launch.counters[i * kCounterStride] = 0;
+  if (thread() == 0) launch.counters[1] = 0;
 }
 
 // Every ticket of a launch, with `work` for the tile of each, whose wait is over. With many tiles the next ticket is drawn

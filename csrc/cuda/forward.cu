@@ -50,7 +50,13 @@ void store(const StoreCall& call) {
 Kernel backward_for(DType dtype, bool both);  // of backward.cu
 
 int resident_programs(bool forward, DType dtype, bool both, int device) {
-  return prepare(forward ? forward_for(dtype, both) : backward_for(dtype, both), device);
+  const int programs = prepare(forward ? forward_for(dtype, both) : backward_for(dtype, both), device);
+  // Kernels are loaded when they are used first, or asked for their attributes; a capture is no time for that.
+  cudaFuncAttributes attributes;
+  for (const void* entry : {reinterpret_cast<const void*>(&store_kernel<float>),
+                            reinterpret_cast<const void*>(&store_kernel<double>)})
+    check(cudaFuncGetAttributes(&attributes, entry), "cudaFuncGetAttributes");
+  return programs;
 }
 
 std::string missing_code(int device) {

@@ -157,6 +157,7 @@ BSSN_DEVICE void outer_tile(const LaunchParams& launch, const Tile& tile, const 
 
   const bool on[2] = {(tile.mask & 1) != 0, kBoth && (tile.mask & 2) != 0};
   const SlabLayout layouts[2] = {SlabLayout(layer.roles[0], place, on[0]), SlabLayout(layer.roles[1], place, on[1])};
+  static_assert(Shared<T, kBoth>::kStaged >= kStepRows<T> * (kBoth ? 1 + kCols<T> : 1), "room for a step");
   const SlabParts parts = SlabParts::of<kStepRows<T>, kRoles>(layouts, 1, place, Shared<T, kBoth>::kStaged);
   A* const staged0 = shared.staged;
   A* const staged1 = staged0 + layouts[0].per_row(parts.chunks) * parts.rows;

@@ -13,7 +13,8 @@ namespace cuda {
 template <class T, bool kBoth>
 struct Shared {
   using A = Accum<T>;
-  static constexpr int kStaged = (kBoth ? 2 : 1) * kMostChunks * kCols<T>;
+  // A step of an update may need two slabs of both roles: 2 (1 + kCols) numbers of each of its rows.
+  static constexpr int kStaged = (kBoth ? 2 : 1) * kMostChunks * (kCols<T> + 1);
   Bits16 ring[kStages<T> * kPieces<T> * kThreads];
   alignas(16) A staged[kStaged];  // the numbers of the vectors that a tile needs
   alignas(16) A scratch[kWarps * kCols<T>];
@@ -76,7 +77,7 @@ struct SourceVector {
       const bool odd = ((source - kRaw) & 1) != 0;
       const int64_t at = spread ? (odd ? role.spread_odd : role.spread) : (odd ? role.slab_odd : role.slab);
       base = static_cast<const A*>(launch.work) + at;
-      if (source >= kScaled) factor = launch.doubles + role.results + kResults * (source - kScaled) + 1;
+      if (source >= kScaled && role.exists) factor = launch.doubles + role.results + kResults * (source - kScaled) + 1;
     } else if (source == kSaved) {
       base = static_cast<const A*>(launch.saved) + (spread ? role.saved_spread : role.saved_slab);
     } else {

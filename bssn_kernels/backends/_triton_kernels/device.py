@@ -36,9 +36,8 @@ def leave(counter_ptr, ticket, n_tiles, n_programs, n_counters):
     """Who draws the last ticket clears the counters for the next launch."""
     if ticket == n_tiles + n_programs - 1:
         o = tl.arange(0, 1024)
-        for i in range(0, n_counters * COUNTER, 1024):
-            zeros = tl.zeros([1024], dtype=tl.int32)
-            tl.store(counter_ptr + i + o, zeros, mask=i + o < n_counters * COUNTER)
+        for i in range(0, n_counters, 1024):
+            tl.store(counter_ptr + (i + o) * COUNTER, tl.zeros([1024], dtype=tl.int32), mask=i + o < n_counters)
 
 
 @triton.jit
