@@ -57,13 +57,14 @@ class Layer:
         rule: how it is normalized.
         names: of the layer; several where it shares Parameter and rule with others.
         index: its place in the group.
+        hooked: it is under torch's old hook.
         torchs: it was torch's and can be given back.
     """
 
     rule: Rule
     names: list[str]
     index = -1
-    torchs = False
+    hooked = torchs = False
 
     def join(self, group, index: int) -> None:
         """Become a layer of a group."""
@@ -117,6 +118,9 @@ class ParametrizedLayer(Layer):
     def unwrap(self) -> None:
         """Leave a plain module with the raw weight. Works on the instance: deep copies share the generated class."""
         for module, name, weights in list(self.lists()):
+            if len(weights) > 1:  # what was registered on top of ours stays
+                del weights[0]
+                continue
             original, lists = weights.original, module._modules["parametrizations"]._modules
             del lists[name]
             if lists:
@@ -142,7 +146,7 @@ class ParametrizedLayer(Layer):
 class HookedLayer(Layer):
     """One weight under torch's old hook."""
 
-    torchs = True
+    hooked = torchs = True
 
     def __init__(self, rule: FusedHook, module: nn.Module, name: str) -> None:
         self.rule, self.module, self.names = rule, module, [name]
@@ -183,13 +187,6 @@ class HookedLayer(Layer):
         """Leave the group and become torch's again."""
         self.rule._member = None
         _give_back(self.rule, TorchHook)
-
-    def settle(self) -> None:
-        """After a frame: the plain attribute leaves the graph, so that the module can be copied."""
-        attributes, name = self.module.__dict__, self.rule.name
-        weight = attributes.get(name)
-        if weight is not None and weight.requires_grad:
-            attributes[name] = weight.detach()
 
 
 def _speaks_for(state_hook, hook: TorchHook) -> bool:
@@ -237,7 +234,7 @@ def find(model: nn.Module) -> list[Finding]:
         for tensor, weights in lists.items() if lists is not None else ():
             for norm in weights:
                 if isinstance(norm, (TorchParametrization, SpectralNorm)):
-                    problem = _problem_of_parametrization(norm, weights)
+                    problem = _problem_of_parametrization(norm, weights, module, tensor)
                     found.append(Finding(layer_name(module_name, tensor), module, tensor, norm, problem))
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, TorchHook):
@@ -250,16 +247,22 @@ def find(model: nn.Module) -> list[Finding]:
     ]
 
 
-IN_GROUP = "it belongs to a group"
+IN_GROUP, EMPTY = "it belongs to a group", "it has no elements"
 
 
-def _problem_of_parametrization(norm: nn.Module, weights: parametrize.ParametrizationList) -> str | None:
+def _problem_of_parametrization(
+    norm: nn.Module, weights: parametrize.ParametrizationList, module: nn.Module, tensor: str
+) -> str | None:
     if getattr(norm, "_member", None) is not None:
         return IN_GROUP
     if type(norm) not in (TorchParametrization, SpectralNorm):
         return f"its parametrization is a {type(norm).__name__}"
     if len(weights) > 1 or not weights.is_tensor:
         return "it has several parametrizations"
+    if tensor not in type(module).__dict__:
+        return "its class is derived from the one that torch made for its parametrization"
+    if weights.original.numel() == 0:
+        return EMPTY
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (norm, weights)):
         return "its parametrization has hooks"
     return None
@@ -270,8 +273,11 @@ def _problem_of_hook(hook: TorchHook, module: nn.Module) -> str | None:
         return IN_GROUP
     if type(hook) not in (TorchHook, FusedHook):
         return f"its hook is a {type(hook).__name__}"
-    if getattr(module, hook.name + "_orig").is_complex():
+    weight = getattr(module, hook.name + "_orig")
+    if weight.is_complex():
         return "torch's old hook does not conjugate its complex weight"
+    if weight.numel() == 0:
+        return EMPTY
     return None
 
 

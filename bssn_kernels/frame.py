@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections.abc import Sequence
 from itertools import accumulate, compress
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from bssn_kernels import functional, ops
 from bssn_kernels.plan import GroupPlan
+
+
+def distributed() -> bool:
+    """Whether this process is one of several that train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def in_backward() -> bool:
@@ -79,6 +86,7 @@ class Run:
         sigmas, directions: of each layer, composed path only.
         outs, weights, vectors, gains, new: what the frame hands out and stores; dropped with it.
         stored: indices of the vectors to store, None for all of them.
+        versions: of the vectors, as they were read.
     """
 
     def __init__(
@@ -94,6 +102,7 @@ class Run:
         self.plan, self.dtype, self.iterations, self.stored = plan, dtype, iterations, stored
         self.weights, self.vectors, self.gains = weights, vectors, gains
         plan.check_sizes(vectors)  # they may be the same tensors as before, and shorter
+        self.versions = _versions(vectors) if stored is None or stored else None
         if functional.needs_composed(weights):
             self.starts, self.saved = [v.clone() for v in vectors], None
             with _uncounted():
@@ -104,10 +113,18 @@ class Run:
             self.outs, self.saved = functional.launch(weights, vectors, plan, iterations, gains, dtype)
 
     def store(self) -> None:
-        """Write the new vectors into the layers' buffers."""
+        """Write the new vectors into the layers' buffers, but for those that were written to since they were read: by a
+        layer that computed by itself, by another frame, by ``update()`` or ``load_state_dict()``.
+        """
         old, stored = self.vectors, self.stored
         if not old or (stored is not None and not stored):
             return
+        now = self.versions and _versions(old)
+        if now != self.versions and not distributed():  # where buffers are broadcast, as they are
+            which = range(len(old)) if stored is None else stored
+            stored = [k for k in which if now[k] == self.versions[k]]
+            if not stored:
+                return
         if self.saved is not None and stored is None:
             ops.store(old, self.saved, self.plan)
             return
@@ -119,7 +136,7 @@ class Run:
 
     def release(self) -> None:
         """Keep only what :meth:`replay` needs."""
-        self.outs = self.weights = self.vectors = self.gains = self.new = None
+        self.outs = self.weights = self.vectors = self.gains = self.new = self.versions = None
 
     def compose(self, j: int, weight: Tensor, vectors: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
         """W_bar of layer j alone by differentiable PyTorch, from the vectors that the run started from."""
@@ -141,7 +158,9 @@ class Run:
         gains = () if gain is None else (gain,)
         if self.saved is None:
             return self.compose(j, weight, self.starts, gains)
-        with torch.no_grad():
+        # What counts the operations of a checkpointed region must not see these, which the forward did not have.
+        unseen = _disable_current_modes() if is_in_torch_dispatch_mode() else contextlib.nullcontext()
+        with torch.no_grad(), unseen:
             factor = self.plan.multipliers_of(self.saved)[j]
             out = (weight.detach().to(self.plan.accumulation_dtype) * factor).to(self.dtype or weight.dtype)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *gains)):
@@ -223,10 +242,14 @@ class Frame:
             places, indices = list(compress(places, wanted)), list(compress(indices, wanted))
             if j not in places:
                 return
+        weights, compiling = [run.weights[k] for k in places], torch.compiler.is_compiling()
+        if not compiling and (any(map(_hooks, weights)) or not all(map(_is_leaf, weights))):
+            alone = _needs_its_own(run.weights[j])
+            together = [k == j or not (alone or _needs_its_own(w)) for k, w in zip(places, weights)]
+            places, indices, weights = (list(compress(x, together)) for x in (places, indices, weights))
         outs = [run.outs[k] if self.plain[i] is None else run.outs[k].detach() for k, i in zip(places, indices)]
-        if not torch.compiler.is_compiling() and outs[0].is_inference():
+        if not compiling and outs[0].is_inference():
             outs = [out.clone() for out in outs]
-        weights = [run.weights[k] for k in places]
         for i, out in zip(indices, functional.attach(outs, run.saved, run.plan, places, weights, run.gains_of(places))):
             self.graph[i] = out
 
@@ -282,10 +305,23 @@ class Replay(Frame):
         return out
 
 
+# map takes half of a comprehension's time.
+_is_leaf, _hooks, _version = map(operator.attrgetter, ("is_leaf", "_backward_hooks", "_version"))
+
+
+def _needs_its_own(weight: Tensor) -> bool:
+    """Whether a weight needs a node of its own. It would notice that a shared one, where the layer was not used, has no
+    gradient for it: its hooks are called with None, or the graph that computed it is walked, and freed.
+    """
+    return not weight.is_leaf or bool(weight._backward_hooks)
+
+
 def _versions(weights: Sequence[Tensor]) -> list[int] | None:
     if torch.compiler.is_compiling():
         return None
     try:
-        return [w._version for w in weights]
-    except (RuntimeError, AttributeError):  # inference tensors have none, nor has a layer that is gone
+        return list(map(_version, weights))
+    except AttributeError:  # a layer that is gone
+        return [None if w is None else w._version for w in weights]
+    except RuntimeError:  # inference tensors have none
         return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bssn_kernels import algebra, backends, ops
 from bssn_kernels.backends.reference import compose, full_precision
@@ -62,8 +65,24 @@ def make_plan(specs: Sequence[LayerSpec], backend: str | None = None) -> GroupPl
             raise ValueError(f"layer {spec.name!r}: expected a weight with elements, got shape {spec.shape}")
         if spec.dtype not in FLOATS and not spec.dtype.is_complex:
             raise TypeError(f"layer {spec.name!r}: expected a floating or complex weight, got {spec.dtype}")
-    with torch._C._DisableFuncTorch():  # the tables outlive a functorch transform that happens to be active
+    with _unwatched():
         return GroupPlan(specs, *backends.select(specs, backend))
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    """For tables, which outlive the transform, mode or trace that happens to be active when they are made."""
+    if torch.compiler.is_dynamo_compiling():
+        with torch._C._DisableFuncTorch():
+            yield
+        return
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        with torch._C._DisableFuncTorch(), torch.inference_mode(False), _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)
 
 
 def plan_for(
@@ -127,6 +146,8 @@ def needs_composed(weights: Sequence[Tensor]) -> bool:
     Nor can ``torch.jit.trace``, which records single operations of PyTorch.
     """
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
+    if forward_ad._current_level >= 0:  # tangents of weights
         return True
     if not set(map(type, weights)) <= ops.PLAIN and any(map(_is_foreign, weights)):
         return True

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -129,7 +130,7 @@ class FrameKeeper:
 
     def _cached(self) -> Frame | None:
         """Under ``parametrize.cached()`` all forwards share one frame, as natively they share each weight."""
-        if not parametrize._cache_enabled or any(hasattr(layer, "settle") for layer in self.layers):
+        if not parametrize._cache_enabled or any(layer.hooked for layer in self.layers):
             return None
         frame = parametrize._cache.get(frame_key(self))
         if frame is None:
@@ -146,34 +147,32 @@ class FrameKeeper:
     def _commit(self, frame: Frame) -> None:
         if not frame.committed:
             frame.commit()
-            self._report = self._record = frame.record()
+            self._record = frame.record()
+            if not torch._C._are_functorch_transforms_active():  # whose tensors end with them
+                self._report = self._record
 
     def _end(self) -> None:
         local = self._local
-        frame = getattr(local, "frame", None)
-        local.frame = getattr(local, "outer", None)
-        if frame is not None:
-            self._settle(frame)
-            if not frame.keep:
-                frame.release()
-
-    def _settle(self, frame: Frame) -> None:
-        for layer in frame.arrangement.settling:
-            layer.settle()
+        frame, outer = getattr(local, "frame", None), getattr(local, "outer", None)
+        local.frame = outer
+        if frame is not None and frame is not outer and not frame.keep:  # the outer one, if a hook raised before Begin
+            frame.release()
 
     @contextlib.contextmanager
     def _inside(self, frame: Frame) -> Iterator[None]:
         """A block in a frame of its own; the vectors are stored if it ends without an error."""
         local = self._local
         before = getattr(local, "frame", None), getattr(local, "outer", None)
+        own = frame is not before[1]  # else it is that of a block around this one, which ends it
         local.frame = local.outer = frame
         try:
             yield
-            self._commit(frame)
+            if own:
+                self._commit(frame)
         finally:
             local.frame, local.outer = before
-            self._settle(frame)
-            frame.release()
+            if own and (frame.held or not frame.keep):
+                frame.release()
 
 
 class CheckpointForward:

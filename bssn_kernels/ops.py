@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from bssn_kernels import backends
@@ -139,8 +140,6 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         n, plan, layers = len(ctx.layers), ctx.plan, ctx.layers
-        if ctx.versions is not None:
-            _check_versions(ctx)
         wanted = ctx.needs_input_grad[4:]
         owners = [k for k, i in enumerate(layers) if plan.specs[i].gain]
         gain_of = dict(zip(owners, range(len(owners))))
@@ -150,11 +149,15 @@ class Attach(torch.autograd.Function):
         ]
         if not which:
             return (None, None, None, None, *weight_grads, *gain_grads)
-        dense, batched = [grads[k] for k in which], False
+        if ctx.versions is not None:
+            _check_versions(ctx, which)
+        dense, transformed = [grads[k] for k in which], False
         if not torch.compiler.is_compiling():  # tracing cannot read layouts, and knows neither of the two
             dense = [g if g.layout == torch.strided else g.to_dense() for g in dense]  # embeddings may send sparse ones
-            batched = any(map(torch._C._functorch.is_legacy_batchedtensor, dense))
-        if torch.is_grad_enabled() or batched:
+            # of a forward before them
+            transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            transformed = transformed or any(map(torch._C._functorch.is_legacy_batchedtensor, dense))
+        if torch.is_grad_enabled() or transformed:
             for k, grad in zip(which, dense):
                 gain = ctx.gains[gain_of[k]] if k in gain_of else None
                 weight_grads[k], gain_grad = _composed_layer(ctx, k, grad, gain)
@@ -172,8 +175,9 @@ class Attach(torch.autograd.Function):
         return (None, None, None, None, *weight_grads, *gain_grads)
 
 
-def _check_versions(ctx) -> None:
-    for i, weight, version in zip(ctx.layers, ctx.weights, ctx.versions):
+def _check_versions(ctx, which: Sequence[int]) -> None:
+    for k in which:
+        i, weight, version = ctx.layers[k], ctx.weights[k], ctx.versions[k]
         if weight._version != version:
             raise RuntimeError(
                 f"layer {ctx.plan.specs[i].name!r}: its weight was changed in place between forward and backward "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bssn_kernels import functional
-from bssn_kernels.frame import Frame, Run, resolve_dtype
+from bssn_kernels.frame import Frame, Run, distributed, resolve_dtype
 
 
 class Source(NamedTuple):
@@ -126,7 +126,6 @@ class Arrangement:
     Attributes:
         places: part and place in it of each layer, None for layers that are gone.
         simple: there is one part, in the order of the layers.
-        settling: layers that want to be told when a frame ends.
     """
 
     def __init__(self, layers: Sequence, manual: bool, buckets: int | str) -> None:
@@ -142,7 +141,6 @@ class Arrangement:
             for j, i in enumerate(part.indices):
                 self.places[i] = number, j
         self.simple = len(self.parts) == 1 and None not in self.places
-        self.settling = [layer for layer in layers if hasattr(layer, "settle")]
         self._buckets = buckets
         counts = (1, 4) if buckets == "auto" else (buckets,)
         self._cuts = {count: [self._cut(part, count) for part in self.parts] for count in counts}
@@ -164,8 +162,7 @@ class Arrangement:
         """The layers that share an autograd node with layer j of a part: places in the part, and indices."""
         count = self._buckets
         if count == "auto":
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            count = 4 if distributed else 1
+            count = 4 if distributed() else 1
         return self._cuts[count][number][j]
 
     @staticmethod

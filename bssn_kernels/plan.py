@@ -99,8 +99,7 @@ class LayerSpec:
         """The spec of a weight as it stands."""
         semantics = resolve_semantics(semantics)
         axis = axis + weight.ndim if axis < 0 else axis
-        shape, stride = tuple(weight.shape), tuple(weight.stride())
-        return cls(name, shape, stride, weight.dtype, weight.device, axis, variant, semantics, float(eps), gain)
+        return cls(name, *_sizes(weight), weight.dtype, weight.device, axis, variant, semantics, float(eps), gain)
 
     @property
     def directions(self) -> int:
@@ -137,6 +136,18 @@ class LayerSpec:
         if self.semantics.gradient != "through" or not self.stores_vectors:
             return ()
         return tuple(shape[self.semantics.order_of(d) == "uv"] for d, shape in enumerate(self.matrix_shapes))
+
+
+def _sizes(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides, in plain numbers: while ``torch.jit.trace`` follows, torch makes tensors of them."""
+    tracing = torch._C._get_tracing_state()
+    if tracing is None:
+        return tuple(weight.shape), tuple(weight.stride())
+    torch._C._set_tracing_state(None)
+    try:
+        return tuple(weight.shape), tuple(weight.stride())
+    finally:
+        torch._C._set_tracing_state(tracing)
 
 
 class Layout:

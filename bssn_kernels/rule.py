@@ -64,15 +64,16 @@ class Rule:
         self, weight: Tensor, vectors: Sequence[Tensor], gain: Tensor | None, training: bool, backend: str | None
     ) -> Tensor:
         """W_bar of this layer, computed by itself; moves the vectors where the semantics say so."""
-        plan, group = self._plan, self._member and self._member.group
-        if plan is None or plan.backend.name != (backend or plan.backend.name) or not plan.matches((weight,)):
-            plan = functional.make_plan([self.spec(weight)], backend)
-            self.__dict__["_plan"] = plan
+        group = self._member and self._member.group
         record, recomputing = group and group._record, in_backward()
         if recomputing and self._last is not None and self._last_after() is record:
             return self._last.replay(0, weight, gain)
         if recomputing and record is not None:
             return record.replay(self._member.index, weight, gain)
+        plan = self._plan
+        if plan is None or plan.backend.name != (backend or plan.backend.name) or not plan.matches((weight,)):
+            plan = functional.make_plan([self.spec(weight)], backend)
+            self.__dict__["_plan"] = plan
         moves = training and self.semantics.moves == "forward" and not recomputing and not (group and group.still)
         iterations = self.n_power_iterations if moves else self.resting_iterations
         gains, dtype = () if gain is None else (gain,), resolve_dtype(self.output_dtype, weight)

@@ -28,7 +28,7 @@ def test_attributes():
     assert layer.weight_orig.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
     assert [isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values()] == [False, True]
     layer(torch.randn(2, 5))
-    assert "weight" in layer.__dict__ and not layer.weight.requires_grad
+    assert "weight" in layer.__dict__ and layer.weight.requires_grad
     layer = remove_spectral_norm(layer)
     assert "weight" in layer._parameters and not hasattr(layer, "weight_u") and not layer._state_dict_hooks
     with pytest.raises(ValueError, match="spectral_norm of 'weight' not found"):

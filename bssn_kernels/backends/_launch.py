@@ -146,7 +146,7 @@ class Launch:
         doubles = torch.empty(max(self.schedule.doubles, 16), dtype=torch.float64, device=device)
         return work, doubles, self.counters(device, stream)
 
-    def failed(self, what: str, dtype: torch.dtype, device: torch.device, error: Exception) -> RuntimeError:
+    def failed(self, what: str, dtype: torch.dtype, device: torch.device, error: Exception | str) -> RuntimeError:
         """The error of a launch in words; its counters are in no known state."""
         counters_of.forget()
         n = len(self.schedule.geometries)

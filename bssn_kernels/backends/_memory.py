@@ -63,7 +63,7 @@ class Pool:
             storage = block.storage
             if _use_count(storage._cdata) == 1 and storage.nbytes() == size and not storage.is_shared():
                 block.last_call = self._call
-                return torch.empty(0, dtype=dtype).set_(storage, 0, tensor.shape, tensor.stride())
+                return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, tensor.shape, tensor.stride())
         fresh = torch.empty_like(tensor, dtype=dtype)
         on_fresh(fresh.data_ptr(), size)
         self._blocks.setdefault(size, []).append(_Block(fresh.untyped_storage(), self._call))

@@ -78,7 +78,7 @@ def _adapted(config: Config, large: bool, more: bool, half: bool) -> Config:
     elif more:  # a program less, with a stage more
         config = replace(config, registers=168, programs=3, stages=config.stages + (config.stages > 1))
     if half and config.stages > 1:
-        config = replace(config, stages=config.stages if large else 2 * config.stages - 1)
+        config = replace(config, stages=max(config.stages, 4) if large else 2 * config.stages - 1)
         config = replace(config, whole_stages=2 * config.whole_stages - 1)
     return config
 

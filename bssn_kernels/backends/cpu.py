@@ -101,7 +101,7 @@ class CpuBackend:
         """See ``ops.normalize``."""
         dtype = weights[0].dtype
         accum, out_dtype = accumulation_dtype(dtype), output_dtype or dtype
-        saved = torch.empty(saved_numel, dtype=accum)
+        saved = torch.empty(saved_numel, dtype=accum, device="cpu")
         outs = self._empty(tables[0], weights, out_dtype)
         if {x.dtype for x in vectors} == {accum} and all(map(Tensor.is_contiguous, vectors)):
             saved.__dict__["stored_at"] = places = _addresses(vectors)
@@ -142,7 +142,7 @@ class CpuBackend:
     ) -> tuple[list[Tensor], Tensor]:
         """See ``ops.normalize_backward``."""
         grad_weights = self._empty(tables[0], weights, weights[0].dtype)
-        grad_gains = torch.empty(len(layers), dtype=saved.dtype)
+        grad_gains = torch.empty(len(layers), dtype=saved.dtype, device="cpu")
         _load()[0].backward(
             _isa_index(),
             tables[0].data_ptr(),

@@ -245,6 +245,8 @@ def compose_backward(
     ``vectors`` are those of the forward; ``starts``, where the gradient goes through the iteration, what its last
     step started from.
     """
+    if not any(t is not None and t.requires_grad for t in (weight, gain)):
+        return None, None  # no longer, since the forward
     accum, semantics = accumulation_dtype(weight.dtype), spec.semantics if starts else _CONSTANT
     vectors = list(vectors)
     for d, start in enumerate(starts):

@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bssn_kernels.backends._launch import Launch, Made, State, alike, capturing, counters_of, layer_reason, on
+from bssn_kernels.backends._launch import (
+    WARM_UP,
+    Launch,
+    Made,
+    State,
+    alike,
+    capturing,
+    counters_of,
+    layer_reason,
+    on,
+)
 from bssn_kernels.backends._memory import empty_like
 from bssn_kernels.backends._schedule import Schedule
 from bssn_kernels.backends._triton_settings import Config, config_of, settings_of
@@ -277,11 +287,14 @@ def _start(
     Args:
         kinds: all that the kernel is compiled for and that may differ between calls of this launch.
     """
+    hint = ""
     try:
         if kinds in launch.ready:
             start, rest = launch.ready[kinds]
             start(*arguments, *rest, stream=stream.cuda_stream)
             return
+        if capturing(stream):  # a kernel may be loaded already, for another group
+            hint = f"; if its kernel is new: {WARM_UP}"
         kernel, programs, named, options = prepare()
         if stream is None:
             _interpret(kernel[(programs,)], *arguments, **named)
@@ -292,8 +305,8 @@ def _start(
         if compiled is not None:  # where a hook of Triton's keeps it from compiling
             rest = tuple(named[name] for name in kernel.arg_names[len(arguments) :])
             launch.ready[kinds] = compiled[(programs, 1, 1)], rest
-    except RuntimeError as error:
-        raise launch.failed(what, dtype, launch.tables["tiles"].device, error) from error
+    except Exception as error:  # Triton's are of many kinds
+        raise launch.failed(what, dtype, launch.tables["tiles"].device, f"{error}{hint}") from error
 
 
 def _interpret(kernel: Callable[..., None], *arguments, **named) -> None:

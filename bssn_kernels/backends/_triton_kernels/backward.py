@@ -198,7 +198,8 @@ def _update_unaligned(
     for block in range(0, chunks * row_blocks):
         i, i_r = block // row_blocks, block % row_blocks * ROWS
         m_c = (o_c < width) & (o_c < left - i * step)
-        m = (i_r + o_r < rows)[:, None] & m_c[None, :]
+        m_r = i_r + o_r < rows
+        m = m_r[:, None] & m_c[None, :]
         begin = col0 + i * step
         q, r = (begin // R).to(tl.int64), (begin % R).to(tl.int64)
         o = (row0 + i_r) * L64 + begin + (o_r[:, None] * L + o_c[None, :])
@@ -207,8 +208,8 @@ def _update_unaligned(
             rp = lp + ROLES_AT + e * ROLE_WIDTH
             x, x0 = _rank_spread(lp, rp, q, r, R, o_c, m_c, product, scalars_ptr, saved_ptr, work_ptr, THROUGH)
             total = _plus_rank(
-                total, lp, rp, i_r, row0, q, r, R, o_r, o_c, x, x0, m, scalars_ptr, saved_ptr, work_ptr,
-                THROUGH, GENERAL,
+                total, lp, rp, i_r, row0, q, r, R, o_r, o_c, x, x0, m if GENERAL else m_r[:, None], scalars_ptr,
+                saved_ptr, work_ptr, THROUGH, GENERAL,
             )  # fmt: skip
         tl.store(d_ptr + o, cast(total, d_ptr.dtype.element_ty), mask=m)
 

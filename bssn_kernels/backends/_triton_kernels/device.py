@@ -68,7 +68,10 @@ def only(mask, condition):
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """By way of float32 where devices go it too, from float64 to bfloat16; the interpreter knows no other."""
-    if x.dtype == tl.float64 and dtype == tl.bfloat16:
-        return x.to(tl.float32).to(dtype)
+    if x.dtype == tl.float64:
+        if dtype == tl.bfloat16:  # apart: types have no `and` in Triton 3.3
+            return x.to(tl.float32).to(dtype)
+        else:
+            return x.to(dtype)
     else:
         return x.to(dtype)

@@ -80,6 +80,16 @@ def source_of(rp, ap, e, source, inner, p0, q0, r0, vector_ptr, saved_ptr, work_
 
 
 @triton.jit
+def _part_of(vp):
+    """Part of a vector: its first number and how many; where number e stands: e // divisor * high + e % divisor * low.
+    No vector has 2^31 numbers, and divisions of 64 bits are calls.
+    """
+    begin, n, divisor = tl.load(vp + V_BEGIN), tl.load(vp + V_COUNT), tl.load(vp + V_DIVISOR)
+    high, low = tl.load(vp + V_HIGH).to(tl.int32), tl.load(vp + V_LOW).to(tl.int32)
+    return begin.to(tl.int32), n.to(tl.int32), divisor.to(tl.int32), high, low
+
+
+@triton.jit
 def write_vectors(tp, vectors_ptr, address_ptr, vector_ptr, saved_ptr, work_ptr, double_ptr):
     """New vectors into `saved`; after a zero or non-finite iteration the stored ones, or ones / sqrt(n)."""
     accum: tl.constexpr = saved_ptr.dtype.element_ty
@@ -90,8 +100,8 @@ def write_vectors(tp, vectors_ptr, address_ptr, vector_ptr, saved_ptr, work_ptr,
         ap = address_ptr + tl.load(vp + V_LAYER) * ADDRESS_WIDTH
         old_ptr = vector_ptr + tl.load(ap + tl.load(vp + V_ADDRESS))
         raw_ptr, to_ptr = work_ptr + tl.load(vp + V_RAW), saved_ptr + tl.load(vp + V_SAVED)
-        divisor, high, low = tl.load(vp + V_DIVISOR), tl.load(vp + V_HIGH), tl.load(vp + V_LOW)
-        begin, n, size = tl.load(vp + V_BEGIN), tl.load(vp + V_COUNT).to(tl.int32), tl.load(vp + V_SIZE).to(tl.int32)
+        begin, n, divisor, high, low = _part_of(vp)
+        size = tl.load(vp + V_SIZE).to(tl.int32)
         copy = tl.load(vp + V_COPY)
         scale, fallback = tl.full([], 0.0, dtype=tl.float64), tl.full([], 0.0, dtype=tl.float64)
         fresh, usable = copy == 0, copy == copy
@@ -122,8 +132,7 @@ def store_kernel(vectors_ptr, address_ptr, vector_ptr, saved_ptr, BLOCK: tl.cons
     vp = vectors_ptr + tl.program_id(0) * VECTOR_WIDTH
     ap = address_ptr + tl.load(vp + V_LAYER) * ADDRESS_WIDTH
     to_ptr, from_ptr = vector_ptr + tl.load(ap + tl.load(vp + V_ADDRESS)), saved_ptr + tl.load(vp + V_SAVED)
-    divisor, high, low = tl.load(vp + V_DIVISOR), tl.load(vp + V_HIGH), tl.load(vp + V_LOW)
-    begin, n = tl.load(vp + V_BEGIN), tl.load(vp + V_COUNT).to(tl.int32)
+    begin, n, divisor, high, low = _part_of(vp)
     for j in range(0, n, BLOCK):
         e = begin + j + tl.arange(0, BLOCK)
         at = e // divisor * high + e % divisor * low
