@@ -135,7 +135,9 @@ def find_compiler() -> tuple[list[str], str]:
     try:
         version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise Unavailable(f"the C++ compiler {shlex.join(command)!r} does not run: {error}") from None
+        said = (getattr(error, "stderr", None) or "").strip().splitlines()[-1:]
+        why = ": ".join([str(error), *said])
+        raise Unavailable(f"the C++ compiler {shlex.join(command)!r} does not run: {why}") from None
     return command, version.partition("\n")[0].strip()
 
 
@@ -160,7 +162,7 @@ def plan_cpu(objects: Path, target: Path) -> Plan:
     if not bindings.exists():
         raise Unavailable("csrc/cpu/bindings.cpp is missing from the source tree")
     compiler, version = find_compiler()
-    isas = {isa: flags for isa, flags in ISAS[platform].items() if accepts(compiler, flags)}
+    isas = {isa: flags for isa, flags in ISAS[platform].items() if not flags or accepts(compiler, flags)}
     flags = [*COMPILE_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
     plan = Plan(target, compiler=version, flags=shlex.join(flags), isas=tuple(isas))

@@ -12,7 +12,7 @@ from bssn_kernels import backends
 from bssn_kernels.convert import IN_GROUP, ParametrizedLayer, adopt, find
 from bssn_kernels.keeper import RootHook
 from bssn_kernels.parametrizations import SpectralNorm, default_dim, register
-from bssn_kernels.rule import check_gain, check_iterations, check_output_dtype, check_weight
+from bssn_kernels.rule import check_eps, check_gain, check_iterations, check_model, check_output_dtype, check_weight
 from bssn_kernels.spectral_group import SpectralGroup
 from bssn_kernels.variants import Semantics, Variant, resolve_semantics, resolve_variant
 
@@ -38,10 +38,15 @@ def fuse(
             is initialized.
         backend: who computes; default the best that can.
 
+    Returns:
+        The group; the model keeps it, and :func:`group_of` finds it again.
+
     Raises:
         ValueError: nothing to adopt; unknown names.
+        TypeError: no module.
         RuntimeError: a backend that cannot run on this machine.
     """
+    check_model(model, "fuse")
     _check_group_arguments(update, output_dtype, backward_buckets, backend)
     found = find(model)
     fit = [finding for finding in found if finding.problem is None]
@@ -89,18 +94,21 @@ def normalize(
             W_bar = W.
         update, output_dtype, backward_buckets, backend: as in :func:`fuse`.
 
-    Layers that share a Parameter share vectors and are computed once.
+    Returns:
+        The group. Layers that share a Parameter share vectors in it and are computed once.
 
     Raises:
         ValueError: no layer found; a layer that is normalized already; missing or uninitialized weights; unknown names;
             numbers out of range.
-        TypeError: an integer, sparse or quantized weight.
+        TypeError: an integer, sparse or quantized weight; no module.
         RuntimeError: a backend that cannot run on this machine.
 
     Source: Miyato et al. 2018 (arXiv 1802.05957); Lin, Sekar, Fanti 2021 (arXiv 2009.02773).
     """
+    check_model(model, "normalize")
     _check_group_arguments(update, output_dtype, backward_buckets, backend)
     check_iterations(n_power_iterations)
+    check_eps(eps)
     check_gain(learnable_gain)
     rule = {
         "variant": resolve_variant(variant, scale),
@@ -116,16 +124,21 @@ def normalize(
         if (id(weight), dim) not in norms:
             norms[id(weight), dim] = SpectralNorm(weight, n_power_iterations, dim, eps, label=name, **rule)
     layers: dict[tuple[int, int], ParametrizedLayer] = {}
-    for name, module in chosen:
-        key = id(module._parameters["weight"]), default_dim(module)
-        register(module, "weight", norms[key], first=key not in layers)
-        if key in layers:
-            layers[key].share(module, name)
-        else:
-            layers[key] = ParametrizedLayer(norms[key], module, "weight", name)
-    if learnable_gain == "sigma":
+    try:
+        for name, module in chosen:
+            key = id(module._parameters["weight"]), default_dim(module)
+            register(module, "weight", norms[key], first=key not in layers)
+            if key in layers:
+                layers[key].share(module, name)
+            else:
+                layers[key] = ParametrizedLayer(norms[key], module, "weight", name)
+        if learnable_gain == "sigma":
+            for layer in layers.values():
+                layer.rule.start_gain_at_sigma(layer.weight().detach())
+    except BaseException:
         for layer in layers.values():
-            layer.rule.start_gain_at_sigma(layer.weight().detach())
+            layer.unwrap()
+        raise
     return SpectralGroup(model, list(layers.values()), update=update, backward_buckets=backward_buckets)
 
 
@@ -178,6 +191,7 @@ def _check_group_arguments(update, output_dtype, backward_buckets, backend) -> N
 
 def group_of(model: nn.Module) -> SpectralGroup | None:
     """The newest group whose root is this model, or a module in it (as in a DistributedDataParallel), or None."""
+    check_model(model, "group_of")
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, RootHook):

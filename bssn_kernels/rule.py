@@ -100,13 +100,27 @@ def check_weight(weight: Tensor, label: str) -> None:
         raise TypeError(f"{expected} {'a quantized' if weight.is_quantized else weight.layout} one")
     if not (weight.dtype.is_floating_point or weight.dtype.is_complex):
         raise TypeError(f"{expected} {weight.dtype}")
+    if weight.numel() == 0:
+        raise ValueError(f"{expected} one without elements, of shape {tuple(weight.shape)}")
 
 
 def check_iterations(n_power_iterations: int) -> None:
+    if not hasattr(n_power_iterations, "__index__"):
+        raise TypeError(f"n_power_iterations: expected a whole number, got {n_power_iterations!r}")
     if n_power_iterations <= 0:
         raise ValueError(
             f"Expected n_power_iterations to be positive, but got n_power_iterations={n_power_iterations}"
         )
+
+
+def check_eps(eps: float) -> None:
+    if not (isinstance(eps, (int, float)) and 0 <= eps < float("inf")):
+        raise ValueError(f"eps: expected a finite number from 0 on, got {eps!r}")
+
+
+def check_model(model: object, caller: str) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_output_dtype(output_dtype: torch.dtype | str | None) -> None:

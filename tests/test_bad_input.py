@@ -1,12 +1,14 @@
 """Bad input gets an error that names the layer, what was expected and what came, and changes nothing."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn as nn
 from nets import images, native, plain, same, state
 
-from bssn_kernels import backends
-from bssn_kernels.group import fuse, normalize
+from bssn_kernels import backends, group
+from bssn_kernels.group import fuse, group_of, normalize
 from bssn_kernels.parametrizations import spectral_norm
 
 
@@ -19,6 +21,9 @@ class TestBadInput:
             ({"scale": -1.0}, "scale: expected a positive and finite number, got -1.0"),
             ({"scale": float("inf")}, "scale: expected a positive and finite number, got inf"),
             ({"n_power_iterations": 0}, "n_power_iterations to be positive, but got n_power_iterations=0"),
+            ({"eps": -1.0}, "eps: expected a finite number from 0 on, got -1.0"),
+            ({"eps": float("nan")}, "eps: expected a finite number from 0 on, got nan"),
+            ({"eps": "small"}, "eps: expected a finite number from 0 on, got 'small'"),
             ({"learnable_gain": "mean"}, "learnable_gain: expected False, True or 'sigma', got 'mean'"),
             ({"where": lambda name, module: False}, "no layer found in Sequential: expected layers that `where`"),
         ],
@@ -28,6 +33,34 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             normalize(net, **kwargs)
         assert type(net[0]) is nn.Conv2d and not net._forward_pre_hooks
+
+    @pytest.mark.parametrize("iterations", [1.5, "two"])
+    def test_iterations_that_are_no_whole_number(self, iterations):
+        for make in (normalize, lambda net, **k: spectral_norm(net[0], **k)):
+            with pytest.raises(TypeError, match=f"n_power_iterations: expected a whole number, got {iterations!r}"):
+                make(plain(), n_power_iterations=iterations)
+
+    @pytest.mark.parametrize("call", [fuse, normalize, group_of])
+    def test_no_module(self, call):
+        with pytest.raises(TypeError, match=f"{call.__name__}: expected a torch.nn.Module, got list"):
+            call([plain()])
+
+    def test_an_error_halfway_leaves_plain_layers(self, monkeypatch):
+        net, count = plain(), itertools.count()
+        register = group.register
+
+        def fail_at_the_third(*args, **kwargs):
+            if next(count) == 2:
+                raise MemoryError
+            register(*args, **kwargs)
+
+        before = state(net)
+        monkeypatch.setattr(group, "register", fail_at_the_third)
+        with pytest.raises(MemoryError):
+            normalize(net)
+        assert [type(layer) for layer in net] == [type(layer) for layer in plain()] and same(state(net), before)
+        monkeypatch.undo()
+        normalize(net)
 
     def test_no_layer(self):
         with pytest.raises(ValueError, match="no layer found in Sequential: expected conv, linear or embedding layers"):
@@ -57,6 +90,11 @@ class TestBadInput:
                 lambda m: setattr(m, "weight", nn.Parameter(torch.eye(2).to_sparse(), False)),
                 TypeError,
                 "layer '2': .*got torch.sparse_coo one",
+            ),
+            (
+                lambda m: setattr(m, "weight", nn.Parameter(torch.ones(0, 2))),
+                ValueError,
+                r"layer '2': .*got one without elements, of shape \(0, 2\)",
             ),
             (lambda m: nn.utils.parametrizations.weight_norm(m), ValueError, "layer '2': .*got a parametrized one"),
         ],
@@ -111,8 +149,8 @@ class TestBadInput:
 
         monkeypatch.setitem(backends._BACKENDS, "elsewhere", Elsewhere())
         net = plain()
-        group = normalize(net, backend="elsewhere")
+        made = normalize(net, backend="elsewhere")
         before = state(net)
         with pytest.raises(RuntimeError, match="'elsewhere' cannot take this group: layer '0' is on cpu"):
             net(images())
-        assert same(before, state(net)) and "cannot take this group" in repr(group)
+        assert same(before, state(net)) and "cannot take this group" in repr(made)

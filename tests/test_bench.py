@@ -461,7 +461,7 @@ def module(tmp_path, monkeypatch):
 FACTORY = """
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm as p
-from torch.nn.utils import spectral_norm as h
+from torch.nn.utils import prune, spectral_norm as h
 
 def plain():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 2))
@@ -482,11 +482,28 @@ def raising(): raise OSError("out of ideas")
 def empty(): return nn.Sequential(nn.ReLU())
 def text(): return "a model"
 def elsewhere(): return nn.Linear(3, 2, device="meta")
+def lazy(): return nn.Sequential(nn.LazyLinear(3))
+def needy(width): return nn.Linear(width, 2)
+
+def ours():
+    import bssn_kernels
+    model = plain()
+    bssn_kernels.normalize(model)
+    return model
+
+def other_norms():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3), p(nn.Linear(3, 2)), nn.Linear(2, 2))
+    nn.utils.weight_norm(model[0])
+    prune.random_unstructured(model[1], "weight", 0.3)
+    nn.utils.parametrizations.weight_norm(model[2])
+    p(model[2], name="weight")
+    return model
 """
 
 
 @pytest.mark.parametrize(
-    ("factory", "layers"), [("plain", 2), ("parametrized", 1), ("hooked", 2), ("Net", 1), ("made", 2)]
+    ("factory", "layers"),
+    [("plain", 2), ("parametrized", 1), ("hooked", 2), ("Net", 1), ("made", 2), ("other_norms", 1)],
 )
 def test_a_users_own_model(module, capsys, factory, layers):
     path = f"{module(FACTORY)}:{factory}"
@@ -515,6 +532,9 @@ def test_a_users_own_model_beside_a_workload(module, tiny, capsys):
         ("my_models:text", "expected it to return an nn.Module, got str"),
         ("my_models:empty", "no layer under spectral_norm"),
         ("my_models:elsewhere", "expected real numbers on cpu"),
+        ("my_models:lazy", "expected initialized weights, got those of a LazyLinear: run a forward first"),
+        ("my_models:needy", "raised TypeError: needy() missing 1 required positional argument: 'width'"),
+        ("my_models:ours", "expected a model as it is without this package, got one fused or normalized by it"),
     ],
 )
 def test_bad_factories(module, capsys, path, message):
@@ -524,8 +544,7 @@ def test_bad_factories(module, capsys, path, message):
     assert code == 2
     assert message in text.err.splitlines()[-1]
     assert not text.out
-    if "raised" in message or "broken" in message:
-        assert ".py:" in text.err
+    assert (".py:" in text.err) == (path in ("my_models:raising", "broken:plain"))
 
 
 @pytest.mark.parametrize(

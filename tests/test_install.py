@@ -102,6 +102,17 @@ def test_build_compiles_every_instruction_set_and_uses_the_openmp_of_torch(tree)
 
 
 @needs_compiler
+def test_a_compiler_that_takes_no_probe_builds_the_plain_part(tree, tmp_path):
+    """Flags are tried out for instruction sets alone; what every compiler must take, compiling tells."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-fsyntax-only*) exit 1 ;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    result = build(tree, CXX=str(compiler))
+    assert result.returncode == 0 and reason(tree) == "" and len(modules(tree)) == 1, result.stdout
+    assert built_facts(tree)["CPU_ISAS"] == ("plain",)
+
+
+@needs_compiler
 def test_build_makes_only_what_changed(tree):
     assert {"bindings", "normalize.plain"} <= compiled(build(tree, MAX_JOBS="2"))
     assert compiled(build(tree, MAX_JOBS="2")) == set()

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize, remove_spectral_norm
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 import bssn_kernels
 from bssn_kernels.bench.task import Task
+from bssn_kernels.rule import Rule
 
 PLAIN_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 
@@ -41,7 +43,7 @@ def native_sites(model: nn.Module) -> list[Site]:
     for module_name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             for tensor, stack in module.parametrizations.items():
-                for norm in stack:
+                for norm in stack if stack.is_tensor else ():
                     if type(norm) is _SpectralNorm:
                         settings = norm.dim, norm.eps, getattr(norm, "n_power_iterations", 1)
                         sites.append(Site(module_name, tensor, "parametrization", "torch", *settings))
@@ -127,6 +129,11 @@ class Subject:
         device: torch.device | str = "cpu",
     ) -> None:
         self.name = name
+        for module in model.modules():
+            _refuse(name, module)
+            for key, value in vars(module).items():  # as weight_norm and pruning leave; it could not be copied
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    vars(module)[key] = value.detach()
         self.learnable_gain = learnable_gain
         self.device = torch.device(device)
         if not native_sites(model):
@@ -158,6 +165,17 @@ class Subject:
         # Another seed than that of the weights: gradients in their direction would be nothing but cancellation.
         generator = torch.Generator(self.device).manual_seed(1)
         return [torch.empty_like(w, device=self.device).normal_(generator=generator) for w in self.weights]
+
+
+def _refuse(name: str, module: nn.Module) -> None:
+    """What could only be measured as something else, or not at all."""
+    lists = module.parametrizations.values() if parametrize.is_parametrized(module) else ()
+    norms = [*(norm for stack in lists for norm in stack), *module._forward_pre_hooks.values()]
+    if any(isinstance(norm, Rule) for norm in norms):
+        raise ValueError(f"{name}: expected a model as it is without this package, got one fused or normalized by it")
+    if any(is_lazy(weight) for weight in module._parameters.values()):
+        kind = type(module).__name__
+        raise ValueError(f"{name}: expected initialized weights, got those of a {kind}: run a forward first")
 
 
 def tasks_of(

@@ -174,5 +174,5 @@ def load_model(path: str) -> nn.Module:
 def _told(error: Exception) -> str:
     """The exception and the innermost line that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""  # the first is the call itself
     return f"{type(error).__name__}: {error}{where}"
