@@ -129,7 +129,9 @@ class FrameKeeper:
         return self._cached() or self._frame(still=self.frozen or recomputing)
 
     def _cached(self) -> Frame | None:
-        """Under ``parametrize.cached()`` all forwards share one frame, as natively they share each weight."""
+        """Under ``parametrize.cached()`` all forwards share one frame, as natively they share each weight. (torch's old
+        hook knows nothing of it.)
+        """
         if not parametrize._cache_enabled or any(layer.hooked for layer in self.layers):
             return None
         frame = parametrize._cache.get(frame_key(self))
@@ -138,10 +140,24 @@ class FrameKeeper:
             frame.keep = True
         return frame
 
+    def _one_by_one(self) -> bool:
+        """Whether layers have to compute by themselves under ``parametrize.cached()``: some of them iterate in every
+        forward, or were read before this one, and torch has what they gave.
+        """
+        if not parametrize._cache_enabled or getattr(self._local, "outer", None) is not None:
+            return False
+        hooked = {layer.hooked for layer in self.layers if layer.weight() is not None}
+        if True in hooked:
+            return False in hooked
+        places = (place for layer in self.layers for place in layer.places)
+        cache = parametrize._cache
+        return frame_key(self) not in cache and any((id(module), name) in cache for module, name in places)
+
     def _begin(self, module: nn.Module) -> None:
         local = self._local
         local.frame = None  # an interrupted forward may have left one
-        if not module.__dict__.get("_is_replica", False):  # those of DataParallel compute layer by layer
+        # Replicas of DataParallel compute layer by layer.
+        if not (module.__dict__.get("_is_replica", False) or self._one_by_one()):
             local.frame = self._enter()
 
     def _commit(self, frame: Frame) -> None:

@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from bssn_kernels.algebra import direction_weights, row_axes
 from bssn_kernels.variants import Semantics, Variant, resolve_semantics
@@ -289,7 +290,7 @@ class GroupPlan:
         if dtype in self._ones:
             return self._ones[dtype]
         ones = self._make_ones(dtype)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()):  # theirs would be of their kind
             self._ones[dtype] = ones
         return ones
 

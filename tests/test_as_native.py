@@ -140,6 +140,18 @@ def test_blocks_in_blocks(form):
         ours[0](x)
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_cached_weights(form, first):
+    def act(net):
+        with parametrize.cached():
+            read = [net[0].weight.detach().clone()] if first else []
+            outs = [net(images()).detach() for _ in range(2)]
+        return [*read, *outs, net(images()).detach()]
+
+    both(act, form)
+
+
 @pytest.mark.parametrize("form", ["parametrization", "hook"])
 def test_hooks_of_weights_of_unused_layers(form):
     """They are not called with None."""

@@ -23,6 +23,8 @@ from bssn_kernels.bench.providers import Subject, make_fused, tasks_of
 from bssn_kernels.bench.task import Task
 from bssn_kernels.plan import GroupPlan, layer_rows
 
+REGISTERS = 65536  # of an SM
+
 
 def ratios(times: Mapping[str, dict]) -> dict[str, Any]:
     """Columns of forward and backward, from the medians of tasks and streams."""
@@ -75,14 +77,15 @@ def counted_bytes(plan: GroupPlan) -> dict[str, dict[str, int]]:
 
 
 def settings(setting: Setting) -> Rows:
-    """Programs per SM and stages of the Triton kernels, on the headline; every other setting as it stands."""
+    """Programs per SM, with all registers shared among them, and stages of the Triton kernels, on the headline."""
     family = family_of(capability_of(setting.device))
     for variant, key in (("sn", False), ("bssn", True)):
         group = Group(setting, setting.headline, variant)
         bounds, first = streams(group.weights), group.forward().saved
         usual = family[key]
         for stages, programs in [(stages, programs) for stages in setting.stages for programs in setting.programs]:
-            config = replace(usual, programs=programs, stages=stages)
+            each = min(255, REGISTERS // (programs * 32 * usual.warps) // 8 * 8)
+            config = replace(usual, programs=programs, stages=stages, registers=each)
             row = {"variant": variant, "stages": stages, "programs": programs, "registers": config.registers}
             row["usual"] = config == usual
             with patch.dict(family, {key: config}):
