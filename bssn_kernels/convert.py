@@ -184,7 +184,12 @@ class HookedLayer(Layer):
         hook._member = None
 
     def leave(self) -> None:
-        """Leave the group and become torch's again."""
+        """Leave the group and become torch's again. The weight of the last forward leaves its graph, so that the module
+        can be copied.
+        """
+        attributes, name = self.module.__dict__, self.rule.name
+        if name in attributes and attributes[name].requires_grad:
+            attributes[name] = attributes[name].detach()
         self.rule._member = None
         _give_back(self.rule, TorchHook)
 

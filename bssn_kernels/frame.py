@@ -66,6 +66,13 @@ def frame_key(group) -> tuple[int, str]:
     return id(group), "frame of the group"
 
 
+def alone_key(group) -> tuple[int, str]:
+    """Marks there that a layer of the group computed by itself. (torch's own keys name the module that a class was made
+    for, which a deep copy is not.)
+    """
+    return id(group), "a layer alone"
+
+
 def _same(x):
     return x
 
@@ -86,7 +93,7 @@ class Run:
         sigmas, directions: of each layer, composed path only.
         outs, weights, vectors, gains, new: what the frame hands out and stores; dropped with it.
         stored: indices of the vectors to store, None for all of them.
-        versions: of the vectors, as they were read.
+        versions: of the vectors, as they were read; None where nobody may ask.
     """
 
     def __init__(
@@ -120,9 +127,9 @@ class Run:
         if not old or (stored is not None and not stored):
             return
         now = self.versions and _versions(old)
-        if now != self.versions and not distributed():  # where buffers are broadcast, as they are
+        if now and now != self.versions:
             which = range(len(old)) if stored is None else stored
-            stored = [k for k in which if now[k] == self.versions[k]]
+            stored = [k for k in which if now[k] == self.versions[k] or _shares_memory(old[k])]
             if not stored:
                 return
         if self.saved is not None and stored is None:
@@ -159,7 +166,7 @@ class Run:
         if self.saved is None:
             return self.compose(j, weight, self.starts, gains)
         # What counts the operations of a checkpointed region must not see these, which the forward did not have.
-        unseen = _disable_current_modes() if is_in_torch_dispatch_mode() else contextlib.nullcontext()
+        unseen = _disable_current_modes() if is_in_torch_dispatch_mode(False) else contextlib.nullcontext()
         with torch.no_grad(), unseen:
             factor = self.plan.multipliers_of(self.saved)[j]
             out = (weight.detach().to(self.plan.accumulation_dtype) * factor).to(self.dtype or weight.dtype)
@@ -258,6 +265,11 @@ class Frame:
         self.keep = self.held = True
         self.graph = self.plain
 
+    def forget_versions(self) -> None:
+        """Store the vectors whatever was written to them."""
+        for run in self.runs:
+            run.versions = None
+
     def commit(self) -> None:
         """Store the vectors, once."""
         if not self.committed:
@@ -322,6 +334,12 @@ def _versions(weights: Sequence[Tensor]) -> list[int] | None:
     try:
         return list(map(_version, weights))
     except AttributeError:  # a layer that is gone
-        return [None if w is None else w._version for w in weights]
+        known = _versions([w for w in weights if w is not None])
+        return known and [None if w is None else w._version for w in weights]
     except RuntimeError:  # inference tensors have none
         return None
+
+
+def _shares_memory(vector: Tensor) -> bool:
+    """Whether it is a view of more, as of flattened buffers, all of which have one version."""
+    return vector.untyped_storage().nbytes() != vector.nbytes

@@ -124,6 +124,7 @@ def normalize(
         if (id(weight), dim) not in norms:
             norms[id(weight), dim] = SpectralNorm(weight, n_power_iterations, dim, eps, label=name, **rule)
     layers: dict[tuple[int, int], ParametrizedLayer] = {}
+    order = [list(module._parameters) for _, module in chosen]
     try:
         for name, module in chosen:
             key = id(module._parameters["weight"]), default_dim(module)
@@ -138,6 +139,9 @@ def normalize(
     except BaseException:
         for layer in layers.values():
             layer.unwrap()
+        for (_, module), names in zip(chosen, order):
+            for name in names:
+                module._parameters[name] = module._parameters.pop(name)
         raise
     return SpectralGroup(model, list(layers.values()), update=update, backward_buckets=backward_buckets)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from bssn_kernels.frame import Frame, Replay, frame_key, in_backward
+from bssn_kernels.frame import Frame, Replay, alone_key, distributed, frame_key, in_backward
 from bssn_kernels.parts import Arrangement
 
 
@@ -132,7 +132,7 @@ class FrameKeeper:
         """Under ``parametrize.cached()`` all forwards share one frame, as natively they share each weight. (torch's old
         hook knows nothing of it.)
         """
-        if not parametrize._cache_enabled or any(layer.hooked for layer in self.layers):
+        if not parametrize._cache_enabled or any(layer.hooked and layer.weight() is not None for layer in self.layers):
             return None
         frame = parametrize._cache.get(frame_key(self))
         if frame is None:
@@ -149,9 +149,7 @@ class FrameKeeper:
         hooked = {layer.hooked for layer in self.layers if layer.weight() is not None}
         if True in hooked:
             return False in hooked
-        places = (place for layer in self.layers for place in layer.places)
-        cache = parametrize._cache
-        return frame_key(self) not in cache and any((id(module), name) in cache for module, name in places)
+        return frame_key(self) not in parametrize._cache and alone_key(self) in parametrize._cache
 
     def _begin(self, module: nn.Module) -> None:
         local = self._local
@@ -184,6 +182,8 @@ class FrameKeeper:
         try:
             yield
             if own:
+                if distributed():  # which may have broadcast the vectors within the block, as they are
+                    frame.forget_versions()
                 self._commit(frame)
         finally:
             local.frame, local.outer = before

@@ -62,6 +62,7 @@ def normalize(weights, vectors, gains, tables, iterations, saved_numel, output_d
     Bringing a hundred tensors through the dispatcher and back costs as much as a small group's arithmetic.
     """
     if _watched(weights):
+        tables = _of_kind(tables, weights[0])
         op = torch.ops.bssn_kernels.normalize
         return op(weights, vectors, gains, tables, iterations, saved_numel, output_dtype, backend)
     return _normalize(weights, vectors, gains, tables, iterations, saved_numel, output_dtype, backend)
@@ -70,6 +71,7 @@ def normalize(weights, vectors, gains, tables, iterations, saved_numel, output_d
 def normalize_backward(grads, weights, saved, tables, layers, backend):
     """The op ``normalize_backward``, likewise."""
     if _watched(grads):
+        tables = _of_kind(tables, grads[0])
         return torch.ops.bssn_kernels.normalize_backward(grads, weights, saved, tables, layers, backend)
     return _normalize_backward(grads, weights, saved, tables, layers, backend)
 
@@ -116,6 +118,16 @@ def _watched(tensors: Sequence[Tensor]) -> bool:
         or is_in_torch_dispatch_mode()
         or torch._is_functional_tensor(tensors[0])
     )
+
+
+def _of_kind(tables: Sequence[Tensor], tensor: Tensor) -> list[Tensor]:
+    """The tables, which are real, for a call in a FakeTensorMode, which may refuse them."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if torch.compiler.is_compiling() or not isinstance(tensor, FakeTensor) or tensor.fake_mode.allow_non_fake_inputs:
+        return tables
+    mode = tensor.fake_mode
+    return [t if isinstance(t, FakeTensor) else mode.from_tensor(t) for t in tables]
 
 
 class Attach(torch.autograd.Function):

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from bssn_kernels import functional
-from bssn_kernels.frame import Frame, Member, Run, in_backward, resolve_dtype
+from bssn_kernels.frame import Frame, Member, Run, alone_key, in_backward, resolve_dtype
 from bssn_kernels.plan import LayerSpec
 from bssn_kernels.variants import Semantics, Variant
 
@@ -70,6 +71,8 @@ class Rule:
             return self._last.replay(0, weight, gain)
         if recomputing and record is not None:
             return record.replay(self._member.index, weight, gain)
+        if group and parametrize._cache_enabled:
+            parametrize._cache[alone_key(group)] = None
         plan = self._plan
         if plan is None or plan.backend.name != (backend or plan.backend.name) or not plan.matches((weight,)):
             plan = functional.make_plan([self.spec(weight)], backend)
@@ -114,7 +117,11 @@ def check_iterations(n_power_iterations: int) -> None:
 
 
 def check_eps(eps: float) -> None:
-    if not (isinstance(eps, (int, float)) and 0 <= eps < float("inf")):
+    try:
+        fits = 0 <= float(eps) < float("inf")
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
         raise ValueError(f"eps: expected a finite number from 0 on, got {eps!r}")
 
 

@@ -140,6 +140,52 @@ def test_blocks_in_blocks(form):
         ours[0](x)
 
 
+@pytest.mark.parametrize("form", ["parametrization", "hook"])
+def test_vectors_that_are_views_of_one_tensor(form):
+    """As of a user who keeps all state in one buffer: they count writes together, and move all the same."""
+    net = native(form)
+    places = [(module, name) for module in net.modules() for name in module._buffers]
+    vectors = [module._buffers[name] for module, name in places]
+    flat = torch.randn(sum(v.numel() for v in vectors), dtype=torch.float64)
+    for (module, name), part in zip(places, flat.split([v.numel() for v in vectors])):
+        module._buffers[name] = part
+    fuse(net, backend="cpu")
+
+    def clip(module, args) -> None:
+        with torch.no_grad():
+            raw(module).clamp_(-0.2, 0.2)
+
+    net[2].register_forward_pre_hook(clip, prepend=True)
+    before = state(net)
+    net(images())
+    assert not any(torch.equal(v, before[name]) for name, v in net.named_buffers())
+
+
+def test_a_hook_is_gone_and_weights_are_cached():
+    def act(net):
+        remove_spectral_norm(net[2])
+        with parametrize.cached():
+            return [net(images()).detach() for _ in range(2)]
+
+    both(act, "mixed")
+
+
+def test_a_layer_is_gone_in_inference_mode():
+    with torch.inference_mode():
+        net = pair("parametrization")[1]
+        parametrize.remove_parametrizations(net[0], "weight")
+        assert net(images()).shape == (4, 1)
+
+
+def test_a_restored_hook_can_be_copied():
+    net = pair("hook")[1]
+    out = net(images())
+    group_of(net).restore()
+    other = copy.deepcopy(net)
+    close(state(other), state(net), 0)
+    out.sum().backward()
+
+
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_cached_weights(form, first):

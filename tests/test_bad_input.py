@@ -59,6 +59,7 @@ class TestBadInput:
         with pytest.raises(MemoryError):
             normalize(net)
         assert [type(layer) for layer in net] == [type(layer) for layer in plain()] and same(state(net), before)
+        assert [name for name, _ in net.named_parameters()] == [name for name, _ in plain().named_parameters()]
         monkeypatch.undo()
         normalize(net)
 

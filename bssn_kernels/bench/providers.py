@@ -173,7 +173,7 @@ def _refuse(name: str, module: nn.Module) -> None:
     norms = [*(norm for stack in lists for norm in stack), *module._forward_pre_hooks.values()]
     if any(isinstance(norm, Rule) for norm in norms):
         raise ValueError(f"{name}: expected a model as it is without this package, got one fused or normalized by it")
-    if any(is_lazy(weight) for weight in module._parameters.values()):
+    if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
         kind = type(module).__name__
         raise ValueError(f"{name}: expected initialized weights, got those of a {kind}: run a forward first")
 
