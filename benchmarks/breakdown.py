@@ -17,12 +17,13 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.workloads import Case
-from bssn_kernels import backends, frame, functional, ops
+from bssn_kernels import backends, functional, ops
 from bssn_kernels.backends import cpu
 from bssn_kernels.bench.measure import MAX_ROUNDS, interleaved
 from bssn_kernels.bench.providers import fused, tasks_of
 from bssn_kernels.bench.report import aligned
 from bssn_kernels.bench.task import no_collection
+from bssn_kernels.run import Run
 
 REST = "hooks, frame, reads"
 
@@ -56,7 +57,7 @@ def watched(watch: Stopwatch, name: str) -> Iterator[None]:
         (backend, "normalize", "results, addresses"),
         (backend, "normalize_backward", "results, addresses"),
         (functional, "attach", "autograd: node"),
-        (frame.Run, "store", "store vectors"),
+        (Run, "store", "store vectors"),
         (torch.autograd, "backward", "autograd: engine"),
         (ops.Attach, "backward", "node's backward"),
     ]

@@ -4,8 +4,9 @@
 #   benchmarks/gpu_check.sh [tests|sanitizer|bench|experiments]...
 #
 # Without an argument all stages share the time; one that is named alone has all of it, and what a stage leaves goes to
-# those after it. TOTAL_S (default 560) is that time, OUT the folder of the results (default benchmarks/results). A stage that fails is reported and the rest goes on;
-# the exit status is 1 if anything failed, and 2 where nothing can run.
+# those after it. TOTAL_S (default 560) is that time, OUT the folder of the results (default benchmarks/results). A
+# stage that fails is reported and the rest goes on; the exit status is 1 if anything failed, and 2 where nothing can
+# run.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 out=${OUT:-benchmarks/results}

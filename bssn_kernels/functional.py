@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bssn_kernels import algebra, backends, ops
 from bssn_kernels.backends.reference import compose, full_precision
-from bssn_kernels.plan import FLOATS, GroupPlan, LayerSpec, accumulation_dtype
+from bssn_kernels.plan import FLOATS, GroupPlan, LayerSpec, accumulation_dtype, untraced
 from bssn_kernels.variants import Semantics, Variant
 from bssn_kernels.views import matrix
 
@@ -76,13 +76,8 @@ def _unwatched() -> Iterator[None]:
         with torch._C._DisableFuncTorch():
             yield
         return
-    tracing = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
-    try:
-        with torch._C._DisableFuncTorch(), torch.inference_mode(False), _disable_current_modes():
-            yield
-    finally:
-        torch._C._set_tracing_state(tracing)
+    with untraced(), torch._C._DisableFuncTorch(), torch.inference_mode(False), _disable_current_modes():
+        yield
 
 
 def plan_for(

@@ -132,7 +132,7 @@ class FrameKeeper:
         """Under ``parametrize.cached()`` all forwards share one frame, as natively they share each weight. (torch's old
         hook knows nothing of it.)
         """
-        if not parametrize._cache_enabled or any(layer.hooked and layer.weight() is not None for layer in self.layers):
+        if not parametrize._cache_enabled or True in self._forms():
             return None
         frame = parametrize._cache.get(frame_key(self))
         if frame is None:
@@ -140,13 +140,17 @@ class FrameKeeper:
             frame.keep = True
         return frame
 
+    def _forms(self) -> set[bool]:
+        """Of the layers that are there: whether they are under torch's old hook."""
+        return {layer.hooked for layer in self.layers if layer.weight() is not None}
+
     def _one_by_one(self) -> bool:
         """Whether layers have to compute by themselves under ``parametrize.cached()``: some of them iterate in every
         forward, or were read before this one, and torch has what they gave.
         """
         if not parametrize._cache_enabled or getattr(self._local, "outer", None) is not None:
             return False
-        hooked = {layer.hooked for layer in self.layers if layer.weight() is not None}
+        hooked = self._forms()
         if True in hooked:
             return False in hooked
         return frame_key(self) not in parametrize._cache and alone_key(self) in parametrize._cache

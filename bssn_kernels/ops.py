@@ -164,9 +164,9 @@ class Attach(torch.autograd.Function):
         if ctx.versions is not None:
             _check_versions(ctx, which)
         dense, transformed = [grads[k] for k in which], False
-        if not torch.compiler.is_compiling():  # tracing cannot read layouts, and knows neither of the two
+        if not torch.compiler.is_compiling():  # tracing cannot read layouts, and knows no transforms
             dense = [g if g.layout == torch.strided else g.to_dense() for g in dense]  # embeddings may send sparse ones
-            # of a forward before them
+            # Those that began after the forward, which would have been composed else.
             transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
             transformed = transformed or any(map(torch._C._functorch.is_legacy_batchedtensor, dense))
         if torch.is_grad_enabled() or transformed:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bssn_kernels import backends, functional
-from bssn_kernels.frame import Run
 from bssn_kernels.plan import LayerSpec
 from bssn_kernels.rule import Rule, check_gain, check_iterations, check_output_dtype, check_weight
+from bssn_kernels.run import Run
 from bssn_kernels.variants import Semantics, Variant, resolve_semantics, resolve_variant
 
 VECTORS = ("_u", "_v", "_u_in", "_v_in")

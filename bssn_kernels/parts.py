@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bssn_kernels import functional
-from bssn_kernels.frame import Frame, Run, distributed, resolve_dtype
+from bssn_kernels.frame import Frame, distributed
+from bssn_kernels.run import Run, resolve_dtype
 
 
 class Source(NamedTuple):

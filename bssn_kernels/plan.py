@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -141,12 +142,19 @@ class LayerSpec:
 
 def _sizes(weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides, in plain numbers: while ``torch.jit.trace`` follows, torch makes tensors of them."""
-    tracing = torch._C._get_tracing_state()
-    if tracing is None:
+    if torch._C._get_tracing_state() is None:
         return tuple(weight.shape), tuple(weight.stride())
+    with untraced():
+        return tuple(weight.shape), tuple(weight.stride())
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """Hidden from the ``torch.jit.trace`` that may be active."""
+    tracing = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)
     try:
-        return tuple(weight.shape), tuple(weight.stride())
+        yield
     finally:
         torch._C._set_tracing_state(tracing)
 

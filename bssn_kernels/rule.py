@@ -12,8 +12,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from bssn_kernels import functional
-from bssn_kernels.frame import Frame, Member, Run, alone_key, in_backward, resolve_dtype
+from bssn_kernels.frame import Frame, Member, alone_key, in_backward
 from bssn_kernels.plan import LayerSpec
+from bssn_kernels.run import Run, resolve_dtype
 from bssn_kernels.variants import Semantics, Variant
 
 

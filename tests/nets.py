@@ -7,6 +7,8 @@ import torch.nn as nn
 from torch.nn.utils import spectral_norm as torch_hook
 from torch.nn.utils.parametrizations import spectral_norm as torch_parametrization
 
+from bssn_kernels.group import fuse
+
 
 def plain(dtype=torch.float64, seed=0) -> nn.Sequential:
     """Convolution, transposed convolution, linear; input (n, 3, 6, 6)."""
@@ -88,3 +90,22 @@ def gradients(net: nn.Module) -> list[torch.Tensor | None]:
 
 def twin(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net)
+
+
+def raw(layer: nn.Module) -> nn.Parameter:
+    return layer.weight_orig if hasattr(layer, "weight_orig") else layer.parametrizations.weight.original
+
+
+def pair(form: str, make=native) -> list[nn.Module]:
+    """A native network and a fused one."""
+    nets = [make(form), make(form)]
+    fuse(nets[1], backend="cpu")
+    return nets
+
+
+def both(act, form: str, make=native) -> None:
+    """Results and states agree."""
+    nets = pair(form, make)
+    found = [act(net) for net in nets]
+    close(found[1], found[0])
+    close(state(nets[1]), state(nets[0]))

@@ -26,6 +26,7 @@ FLOORS = (
     ("backends",),
     ("ops",),
     ("functional",),
+    ("run",),
     ("frame",),
     ("rule",),
     ("parametrizations", "parts"),

@@ -13,6 +13,7 @@ from sass import count, innermost_loops, instructions, loops_around
 
 from bssn_kernels.backends import _launch
 from bssn_kernels.backends._geometry import COLS, ROWS, WHOLE_ROWS
+from bssn_kernels.backends._triton_settings import REGISTERS
 from bssn_kernels.backends.triton import _installed
 
 # Compute capability and the types of weights to compile for it; the first with every kind of kernel.
@@ -20,7 +21,6 @@ SINGLE, HALF = ("fp32",), ("fp32", "bf16")
 TARGETS = {75: SINGLE, 80: HALF, 89: HALF, 90: ("fp32", "fp64", "bf16", "fp16"), 100: SINGLE}
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 THREADS = 128
-REGISTERS = 65536  # of an SM
 SHARED_KIB = {75: 64, 80: 164, 89: 100, 90: 228, 100: 228}  # of an SM; from sm_80 on one of them goes to each program
 MISSING = _installed()[1]
 OLDER = _installed()[0] < (3, 9)  # than what the settings were made with

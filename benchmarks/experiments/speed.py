@@ -16,14 +16,12 @@ from benchmarks.measure import streams
 from benchmarks.providers import captured
 from bssn_kernels.backends import _geometry, _order
 from bssn_kernels.backends._schedule import BackwardSchedule, ForwardSchedule
-from bssn_kernels.backends._triton_settings import family_of
+from bssn_kernels.backends._triton_settings import REGISTERS, family_of
 from bssn_kernels.backends.triton import capability_of
 from bssn_kernels.bench.host import WIDTH, floor_task, functional_task
 from bssn_kernels.bench.providers import Subject, make_fused, tasks_of
 from bssn_kernels.bench.task import Task
 from bssn_kernels.plan import GroupPlan, layer_rows
-
-REGISTERS = 65536  # of an SM
 
 
 def ratios(times: Mapping[str, dict]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from bssn_kernels.backends._geometry import COLS, ROWS, WHOLE_ROWS
 
+REGISTERS = 65536  # of an SM
+
 
 @dataclass(frozen=True)
 class Config:
@@ -31,8 +33,8 @@ class Config:
 
 
 # By whether a kernel has products in two directions or in float64. Registers are the smallest bound under which
-# Triton 3.9 spills nothing on sm_80, sm_90 and sm_100 (3.6 spills some), the 65,536 of an SM shared among programs of
-# 128 threads. Stages: an SM of an H200 takes 33 KB from HBM in a microsecond and 45 from L2, which is about how long
+# Triton 3.9 spills nothing on sm_80, sm_90 and sm_100 (3.6 spills some), those of an SM shared among programs of 128
+# threads. Stages: an SM of an H200 takes 33 KB from HBM in a microsecond and 45 from L2, which is about how long
 # a read is on its way, and about half of the programs stream at once; they have 128 KB on their way, of whole rows
 # too, and with two directions, which have no registers for more, 72, or 36 in half precision. Measured there, while
 # HBM gave every read: one direction with three stages and steps of 8 KiB (64 KB) ran at the speed of a copy, and

@@ -305,7 +305,7 @@ def _start(
         if compiled is not None:  # where a hook of Triton's keeps it from compiling
             rest = tuple(named[name] for name in kernel.arg_names[len(arguments) :])
             launch.ready[kinds] = compiled[(programs, 1, 1)], rest
-    except Exception as error:  # Triton's are of many kinds
+    except Exception as error:  # what Triton's compiler raises is no RuntimeError
         raise launch.failed(what, dtype, launch.tables["tiles"].device, f"{error}{hint}") from error
 
 
