@@ -138,7 +138,7 @@ class Frame:
         self.keep = self.held = True
         self.graph = self.plain
 
-    def forgetversions_of(self) -> None:
+    def forget_versions(self) -> None:
         """Store the vectors whatever was written to them."""
         for run in self.runs:
             run.versions = None
