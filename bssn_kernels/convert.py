@@ -35,7 +35,10 @@ class FusedHook(Rule, TorchHook):
         else:
             vectors = [getattr(module, self.name + "_u"), getattr(module, self.name + "_v")]
             out = self.normalize_alone(weight, vectors, None, module.training, self.backend)
-        module.__dict__[self.name] = out
+        if torch.compiler.is_compiling():  # the dynamo of torch 2.6 does not write to a __dict__
+            setattr(module, self.name, out)
+        else:  # in a tenth of the time
+            module.__dict__[self.name] = out
 
     def __deepcopy__(self, memo: dict) -> FusedHook:
         """Natively a module whose weight has a place in the graph cannot be copied; its copy gets the value."""

@@ -144,7 +144,7 @@ def needs_composed(weights: Sequence[Tensor]) -> bool:
         return True
     if forward_ad._current_level >= 0:  # tangents of weights
         return True
-    if not set(map(type, weights)) <= ops.PLAIN and any(map(_is_foreign, weights)):
+    if not ops.are_plain(weights) and any(map(_is_foreign, weights)):
         return True
     return weights[0].dtype.is_complex
 

@@ -25,8 +25,8 @@ _library.define(
     "normalize(Tensor[] weights, Tensor[] vectors, Tensor[] gains, Tensor[] tables, int[] iterations, "
     "SymInt saved_numel, ScalarType? output_dtype, str backend) -> (Tensor[] normalized, Tensor saved)"
 )
-# normalize_backward: for the layers named by index. dL/dW_bar, weights, `saved` of the forward -> dL/dW with the
-# weights' dtype and strides, and dL/dgain (layers,) in accumulation dtype.
+# normalize_backward: for the layers named by index. dL/dW_bar of any dtypes and strides, weights, `saved` of the
+# forward -> dL/dW with the weights' dtype and strides, and dL/dgain (layers,) in accumulation dtype.
 _library.define(
     "normalize_backward(Tensor[] grads, Tensor[] weights, Tensor saved, Tensor[] tables, int[] layers, str backend)"
     " -> (Tensor[] grad_weights, Tensor grad_gains)"
@@ -38,7 +38,21 @@ def _normalize(weights, vectors, gains, tables, iterations, saved_numel, output_
 
 
 def _normalize_backward(grads, weights, saved, tables, layers, backend):
+    grads = _like_weights(grads, weights)
     return backends.get(backend).normalize_backward(grads, weights, saved, tables, layers)
+
+
+def _like_weights(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of one dtype with the strides of their weights; copies only those that differ.
+
+    Within the op, since a compiler may choose strides, and the dynamo of torch 2.6 cannot ask for them in a backward.
+    """
+    dtype, result = grads[0].dtype, []
+    for grad, weight in zip(grads, weights):
+        if grad.dtype != dtype or grad.stride() != weight.stride():
+            grad = torch.empty_like(weight, dtype=dtype).copy_(grad)
+        result.append(grad)
+    return result
 
 
 _library.impl("normalize", _normalize, "CompositeExplicitAutograd")
@@ -107,14 +121,21 @@ def _increment_versions(tensors: Sequence[Tensor]) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-PLAIN = {Tensor, torch.nn.Parameter}  # types without a meaning of their own
+_PLAIN = (Tensor, torch.nn.Parameter)  # types without a meaning of their own
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are tensors and Parameters, and none of a subclass."""
+    if torch.compiler.is_compiling():  # the dynamo of torch 2.6 knows no sets
+        return all(type(t) in _PLAIN for t in tensors)
+    return set(map(type, tensors)).issubset(_PLAIN)
 
 
 def _watched(tensors: Sequence[Tensor]) -> bool:
     """Whether something follows the dispatcher: a compiler or an export, a mode, a tensor subclass."""
     return (
         torch.compiler.is_compiling()
-        or not set(map(type, tensors)) <= PLAIN
+        or not are_plain(tensors)
         or is_in_torch_dispatch_mode()
         or torch._is_functional_tensor(tensors[0])
     )
@@ -177,7 +198,6 @@ class Attach(torch.autograd.Function):
                     gain_grads[gain_of[k]] = gain_grad
             return (None, None, None, None, *weight_grads, *gain_grads)
         weights, own = [ctx.weights[k] for k in which], [layers[k] for k in which]
-        dense = _like_weights(dense, weights)
         grad_weights, grad_gains = normalize_backward(dense, weights, ctx.saved, plan.tables, own, plan.backend.name)
         for j, k in enumerate(which):
             weight_grads[k] = grad_weights[j] if wanted[k] else None
@@ -205,13 +225,3 @@ def _composed_layer(ctx, k: int, grad: Tensor, gain: Tensor | None) -> tuple[Ten
     if starts and not layout.scalars(ctx.saved)[i, SCALARS.index("start_out")]:
         starts = ()  # the forward took the stored vectors as they are: there is no iteration to go through
     return compose_backward(spec, grad, ctx.weights[k], gain, vectors, starts)
-
-
-def _like_weights(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of one dtype with the strides of their weights; copies only those that differ."""
-    dtype, result = grads[0].dtype, []
-    for grad, weight in zip(grads, weights):
-        if grad.dtype != dtype or grad.stride() != weight.stride():
-            grad = torch.empty_like(weight, dtype=dtype).copy_(grad)
-        result.append(grad)
-    return result

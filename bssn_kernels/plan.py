@@ -248,7 +248,7 @@ class GroupPlan:
         self.why = tuple(why)
         self.layout = Layout(self.specs)
         self.tables = [layer_table(self.specs, self.layout), *backend.tables(self.specs)]
-        self.tables[0].__dict__["names"] = [spec.name for spec in self.specs]  # for errors of a launch
+        self.tables[0].__dict__["layer_names"] = [spec.name for spec in self.specs]  # for errors of a launch
         self.sizes = [n for spec in self.specs for (n,) in spec.vector_shapes]
         self.gains = sum(spec.gain for spec in self.specs)
         self.dtype, self.device = self.specs[0].dtype, self.specs[0].device

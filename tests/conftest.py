@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import model
-from zoo import home
+from zoo import home, interpreted
 
 from bssn_kernels import backends
 
@@ -121,3 +121,10 @@ def backend(request) -> str:
 def fused_backend(request) -> str:
     """The same without the reference, whose sums are torch's."""
     return runnable(request.param, request.node)
+
+
+@pytest.fixture
+def interpreted_triton(request) -> None:
+    """Triton in its interpreter, by the same rules."""
+    if not interpreted(runnable("triton", request.node)):
+        pytest.skip("a test of Triton's interpreter: TRITON_INTERPRET=1")

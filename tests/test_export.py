@@ -38,7 +38,7 @@ def test_same_outputs(form: str, how: str, first: str):
     if how == "trace":
         exported = torch.jit.trace(net, (x,), check_trace=False)
     else:
-        exported = torch.export.export(net, (x,)).module()
+        exported = torch.export.export(net, (x,), strict=False).module()
     assert (exported(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     for _ in range(2):
         assert torch.equal(net(x), expected)

@@ -69,7 +69,7 @@ def test_group_equals_its_layers_alone(backend, dtype, drafts, order):
     check_group_against_layers_alone(backend, dtype, drafts, order)
 
 
-@pytest.mark.skipif(not interpreted("triton"), reason="Triton does not run in its interpreter")
+@pytest.mark.usefixtures("interpreted_triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @hypothesis.settings(max_examples=6, phases=[hypothesis.Phase.generate])
 @hypothesis.given(drafts=st.lists(layer_drafts(), min_size=2, max_size=4), order=st.randoms(use_true_random=False))
@@ -195,7 +195,7 @@ def test_finite_layers_stay_finite_beside_poisoned_ones(backend, drafts):
     check_finite(backend, drafts)
 
 
-@pytest.mark.skipif(not interpreted("triton"), reason="Triton does not run in its interpreter")
+@pytest.mark.usefixtures("interpreted_triton")
 @hypothesis.settings(max_examples=8, phases=[hypothesis.Phase.generate])
 @hypothesis.given(drafts=st.lists(layer_drafts(), min_size=2, max_size=5))
 def test_interpreted_layers_stay_finite(drafts):

@@ -4,14 +4,14 @@
 import pytest
 import torch
 from drafts import Layer, assert_same_bits, draft_of, run
-from zoo import Case, build, check, interpreted, lay_out
+from zoo import Case, build, check, lay_out
 
 from bssn_kernels import backends, functional
 from bssn_kernels.backends import _launch, triton
 from bssn_kernels.plan import LayerSpec
 from bssn_kernels.variants import Variant, semantics_names
 
-pytestmark = pytest.mark.skipif(not interpreted("triton"), reason="tests of the interpreter: TRITON_INTERPRET=1")
+pytestmark = pytest.mark.usefixtures("interpreted_triton")
 
 
 def drafts() -> list[dict]:

@@ -209,7 +209,7 @@ class State:
 
     def __init__(self, table: Tensor) -> None:
         self.rows = layer_rows(table)
-        self.names: Sequence[str] = table.__dict__.get("names", ())
+        self.names: Sequence[str] = table.__dict__.get("layer_names", ())
         self.kept = max(KEPT, 2 * len(self.rows))  # each layer may have a backward of its own
         self._may_be_whole: list[bool] = []
         self._launches: dict[tuple, Launch] = {}
