@@ -92,6 +92,9 @@ class ParametrizedLayer(Layer):
         self.places.append((module, self.places[0][1]))
         self.names.append(name)
 
+    def modules(self) -> list[nn.Module]:
+        return [module for module, _ in self.places]
+
     def lists(self) -> Iterator[tuple[nn.Module, str, parametrize.ParametrizationList]]:
         """The places where the parametrization still is."""
         for module, name in self.places:
@@ -153,6 +156,9 @@ class HookedLayer(Layer):
 
     def __init__(self, rule: FusedHook, module: nn.Module, name: str) -> None:
         self.rule, self.module, self.names = rule, module, [name]
+
+    def modules(self) -> list[nn.Module]:
+        return [self.module]
 
     def weight(self) -> Tensor | None:
         if all(hook is not self.rule for hook in self.module._forward_pre_hooks.values()):

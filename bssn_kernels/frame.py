@@ -165,6 +165,10 @@ class Frame:
         for run in self.runs:
             run.release()
 
+    def has(self, i: int) -> bool:
+        """Whether layer i took part."""
+        return self.arrangement.places[i] is not None
+
     def replay(self, i: int, weight: Tensor, gain: Tensor | None) -> Tensor:
         """W_bar of layer i as it was in this frame."""
         number, j = self.arrangement.places[i]
@@ -177,7 +181,9 @@ class Replay(Frame):
 
     def __init__(self, record: Frame, layers: Sequence) -> None:
         self.original, self.layers, self.arrangement, self.runs = record, layers, record.arrangement, ()
-        self.weights, self.versions = [layer.weight() for layer in layers], None
+        places = record.arrangement.places
+        self.weights = [None if place is None else layer.weight() for place, layer in zip(places, layers)]
+        self.versions = None
         self.graph, self.plain = [None] * len(layers), [None] * len(layers)
         self.keep, self.committed = False, True
 

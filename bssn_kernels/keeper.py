@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from bssn_kernels.frame import Frame, Replay, alone_key, distributed, frame_key, in_backward
 from bssn_kernels.parts import Arrangement
+from bssn_kernels.sharding import modules_of_nested_fsdp
 
 
 class RootHook:
@@ -75,9 +77,10 @@ class FrameKeeper:
         self._arrangement: Arrangement | None = None
         self._record: Frame | None = None
         self._report: Frame | None = None
+        self._told = False
 
     def __getstate__(self) -> dict:
-        forgotten = ("_local", "_arrangement", "_record", "_report")
+        forgotten = ("_local", "_arrangement", "_record", "_report", "_told")
         return {name: value for name, value in self.__dict__.items() if name not in forgotten}
 
     def __setstate__(self, state: dict) -> None:
@@ -110,7 +113,8 @@ class FrameKeeper:
     def _arrange(self) -> Arrangement:
         if self._removed:
             raise RuntimeError("this SpectralGroup was removed from its model")
-        self._arrangement = Arrangement(self.layers, self.manual, self.backward_buckets)
+        nested = modules_of_nested_fsdp(self.root)
+        self._arrangement = Arrangement(self.layers, self.manual, self.backward_buckets, nested)
         return self._arrangement
 
     # What torch.compiler.disable sets; the decorator itself would import all of dynamo with this package.
@@ -126,7 +130,20 @@ class FrameKeeper:
         record = getattr(local, "record", None) or (self._record if recomputing else None)
         if record is not None:
             return Replay(record, self.layers)
-        return self._cached() or self._frame(still=self.frozen or recomputing)
+        frame = self._cached() or self._frame(still=self.frozen or recomputing)
+        if frame.arrangement.left_out and not self._told:
+            self._tell(frame.arrangement.left_out)
+        return frame
+
+    def _tell(self, left_out: Sequence) -> None:
+        """Warn, once, of layers that are not fused."""
+        self._told = True
+        warnings.warn(
+            f"bssn_kernels: {len(left_out)} of {len(self.layers)} layers compute one by one (the first: "
+            f"{left_out[0].names[0]!r}), since FSDP puts their weights together only in the modules that it wraps. For "
+            "one call each, fuse these by themselves, before fully_shard",
+            stacklevel=2,
+        )
 
     def _cached(self) -> Frame | None:
         """Under ``parametrize.cached()`` all forwards share one frame, as natively they share each weight. (torch's old

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bssn_kernels import functional
+from bssn_kernels import functional, ops
 from bssn_kernels.frame import Frame, distributed
 from bssn_kernels.run import Run, resolve_dtype
+from bssn_kernels.sharding import in_pieces
 
 
 class Source(NamedTuple):
@@ -76,6 +77,8 @@ class Part:
             weights = [getattr(owner[key], container)[name] for owner, key, container, name in self.weight_places]
         except KeyError:
             return None
+        if not ops.are_plain(weights) and any(map(in_pieces, weights)):
+            return None
         return weights if self.plan.matches(weights) else None
 
     def vectors(self) -> list[Tensor]:
@@ -123,17 +126,30 @@ class Arrangement:
     Args:
         layers: all of the group, by index.
         buckets: number of autograd nodes per part, or "auto".
+        nested: modules whose layers are left out.
 
     Attributes:
-        places: part and place in it of each layer, None for layers that are gone.
+        places: part and place in it of each layer, None for layers that are gone or left out.
+        left_out: layers that compute by themselves when they are read, since only then FSDP has put their weights
+            together; ``in_pieces``, those that would not were they whole now.
         simple: there is one part, in the order of the layers.
     """
 
-    def __init__(self, layers: Sequence, manual: bool, buckets: int | str) -> None:
+    def __init__(
+        self, layers: Sequence, manual: bool, buckets: int | str, nested: Collection[nn.Module] = ()
+    ) -> None:
         kinds: dict[tuple, list] = {}
+        self.left_out, self.in_pieces = [], []
         for layer in layers:
             weight = layer.weight()
-            if weight is not None:
+            if weight is None:
+                continue
+            if any(module in nested for module in layer.modules()):
+                self.left_out.append(layer)
+            elif in_pieces(weight):
+                self.left_out.append(layer)
+                self.in_pieces.append(layer)
+            else:
                 kind = weight.device, weight.dtype, layer.rule.backend, layer.rule.output_dtype
                 kinds.setdefault(kind, []).append((layer, weight))
         self.parts = [Part(*zip(*members), manual) for members in kinds.values()]
@@ -148,6 +164,8 @@ class Arrangement:
 
     def weights(self) -> list[list[Tensor]] | None:
         """Of each part, or None if the layers have to be arranged anew."""
+        if self.in_pieces and not all(in_pieces(layer.weight()) for layer in self.in_pieces):
+            return None
         weights = [part.weights() for part in self.parts]
         return None if None in weights else weights
 

@@ -68,9 +68,10 @@ class Rule:
         """W_bar of this layer, computed by itself; moves the vectors where the semantics say so."""
         group = self._member and self._member.group
         record, recomputing = group and group._record, in_backward()
-        if recomputing and self._last is not None and self._last_after() is record:
+        shared = record is not None and record.has(self._member.index)
+        if recomputing and self._last is not None and (self._last_after() is record or not shared):
             return self._last.replay(0, weight, gain)
-        if recomputing and record is not None:
+        if recomputing and shared:
             return record.replay(self._member.index, weight, gain)
         if group and parametrize._cache_enabled:
             parametrize._cache[alone_key(group)] = None

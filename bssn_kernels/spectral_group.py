@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bssn_kernels.convert import Layer
+from bssn_kernels.frame import Frame
 from bssn_kernels.keeper import CheckpointForward, CheckpointRecompute, FrameKeeper
 from bssn_kernels.parts import Arrangement
 from bssn_kernels.rule import Rule
+from bssn_kernels.sharding import in_pieces, modules_of_nested_fsdp
 from bssn_kernels.variants import resolve_semantics, semantics_names
 
 
@@ -58,7 +60,7 @@ class SpectralGroup(FrameKeeper):
         The user promises that the weights stay as they are. The vectors move as in one forward.
         """
         with torch.no_grad():
-            frame = self._frame(still=self.frozen)
+            frame = self._whole_frame("hold", still=self.frozen)
         frame.hold()
         with self._inside(frame):
             yield self
@@ -83,22 +85,24 @@ class SpectralGroup(FrameKeeper):
         frame = self._report
         if frame is None:
             with torch.no_grad():
-                frame = self._frame(still=True)
+                frame = self._whole_frame("sigmas", still=True)
         by_layer = frame.arrangement.scatter([run.sigmas_of(directions) for run in frame.runs])
         return {name: sigma for layer, sigma in zip(self.layers, by_layer) if sigma is not None for name in layer.names}
 
     def update(self) -> None:
         """Run the power iteration once on the present weights and store the vectors, whatever the semantics."""
         with torch.no_grad():
-            frame = self._frame(every=True)
+            frame = self._whole_frame("update", every=True)
             frame.commit()
         frame.release()
         self._report = frame
 
     def reset(self) -> None:
         """Draw all vectors anew and warm them up, as their semantics start."""
+        layers = self._alive()
+        _refuse("reset", [layer for layer in layers if in_pieces(layer.weight())])
         with torch.no_grad():
-            for layer in self._alive():
+            for layer in layers:
                 layer.draw()
         self._report = None
 
@@ -122,7 +126,7 @@ class SpectralGroup(FrameKeeper):
             for layer in layers:
                 layer.rule.output_dtype = None
             with torch.no_grad():
-                frame = self._frame(still=True)
+                frame = self._whole_frame("remove", still=True)
                 for layer in layers:
                     frame.weights[layer.index].copy_(frame.plain[layer.index])
         for layer in layers:
@@ -141,6 +145,12 @@ class SpectralGroup(FrameKeeper):
             layer.leave()
         self._detach_root()
 
+    def _whole_frame(self, caller: str, **how: bool) -> Frame:
+        """A frame of all layers, outside of a forward."""
+        frame = self._frame(**how)
+        _refuse(caller, frame.arrangement.left_out)
+        return frame
+
     def _alive(self) -> list[Layer]:
         if self._removed:
             raise RuntimeError("this SpectralGroup was removed from its model")
@@ -155,18 +165,32 @@ class SpectralGroup(FrameKeeper):
         lines = [f"{name}: {len(layers)} layers, {parameters:,} parameters"]
         lines += [f"  {rule}" for rule in dict.fromkeys(_describe(layer.rule) for layer in layers)]
         try:
-            parts = Arrangement(self.layers, self.manual, self.backward_buckets).parts
+            arrangement = Arrangement(
+                self.layers, self.manual, self.backward_buckets, modules_of_nested_fsdp(self.root)
+            )
         except RuntimeError as error:
             lines.append(f"  backend: {error}")
         else:
-            for part in parts:
+            for part in arrangement.parts:
                 why = f" (not {'; not '.join(part.plan.why)})" if part.plan.why else ""
                 kind = f"{len(part.indices)} layers of {part.plan.dtype} on {part.plan.device}"
                 lines.append(f"  backend {part.plan.backend.name} for {kind}{why}")
+            for layer in arrangement.left_out:
+                what = "in pieces now" if layer in arrangement.in_pieces else "computes by itself"
+                lines.append(f"  under FSDP: {layer.names[0]}, {what}")
         rests = [word for word, on in (("frozen", self.frozen), ("update manual", self.manual)) if on]
         lines += [f"  {word}: vectors move by update() only" for word in rests]
         lines += [f"  native: {layer}, {reason}" for layer, reason in self.native.items()]
         return "\n".join(lines)
+
+
+def _refuse(caller: str, layers: Sequence[Layer]) -> None:
+    """What FSDP has in pieces, or puts together for modules below the root."""
+    if layers:
+        raise RuntimeError(
+            f"layer {layers[0].names[0]!r}: {caller}() expected its whole weight, but FSDP holds it in pieces. Make a "
+            "group of each module that FSDP wraps, and call it between the module's unshard() and reshard()"
+        )
 
 
 def _describe(rule: Rule) -> str:

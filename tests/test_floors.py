@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bssn_kernels"
 # "folder/_*" those that only their siblings use. The top of the house: tools that see the package as its users do.
 FLOORS = (
     ("_build_info", "_cpu"),
-    ("views", "variants"),
+    ("views", "variants", "sharding"),
     ("algebra",),
     ("plan",),
     ("backends/_geometry", "backends/_tables"),
