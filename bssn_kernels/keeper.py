@@ -213,10 +213,13 @@ class FrameKeeper:
 
 
 class CheckpointForward:
-    """Context of a checkpointed region's forward: remembers the frame that it read."""
+    """Context of a checkpointed region's forward: remembers the frame that it read, and what the layers that are left
+    out of it computed by themselves.
+    """
 
     def __init__(self, keeper: FrameKeeper) -> None:
         self.keeper, self.record = keeper, None
+        self.alone: list[tuple] = []
 
     def __enter__(self) -> CheckpointForward:
         return self
@@ -224,6 +227,8 @@ class CheckpointForward:
     def __exit__(self, *error) -> None:
         frame = getattr(self.keeper._local, "frame", None)
         self.record = self.keeper._record if frame is None else frame.record()
+        if self.record is not None:
+            self.alone = [(layer.rule, layer.rule._last) for layer in self.record.arrangement.left_out]
 
 
 class CheckpointRecompute:
@@ -238,8 +243,17 @@ class CheckpointRecompute:
         self.before = tuple(getattr(local, name, None) for name in ("frame", "outer", "record"))
         if record is not None:
             local.frame, local.outer, local.record = Replay(record, keeper.layers), None, record
+        self.alone = [(rule, rule._last) for rule, _ in self.forward.alone]
+        _set_last(self.forward.alone)
         return self
 
     def __exit__(self, *error) -> None:
         local = self.forward.keeper._local
         local.frame, local.outer, local.record = self.before
+        _set_last(self.alone)
+
+
+def _set_last(runs: Sequence[tuple]) -> None:
+    """What layers computed by themselves last, and will give again."""
+    for rule, run in runs:
+        rule.__dict__["_last"] = run

@@ -25,7 +25,7 @@ STEPS = 3
 class Net(nn.Module):
     """Blocks of two layers, and one layer beside them."""
 
-    def __init__(self, wrap, recompute: bool = False) -> None:
+    def __init__(self, wrap, recompute: str = "") -> None:
         super().__init__()
         torch.manual_seed(3)
         self.blocks = nn.ModuleList(
@@ -37,7 +37,12 @@ class Net(nn.Module):
 
     def forward(self, x):
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+            if not self.recompute:
+                x = block(x)
+                continue
+            group = group_of(block) or group_of(self)
+            contexts = {"context_fn": group.checkpoint_contexts} if self.recompute == "with contexts" else {}
+            x = checkpoint(block, x, use_reentrant=False, **contexts)
         return self.last(x)
 
 
@@ -78,6 +83,8 @@ def fuse_afterwards(net, mesh):
 # How a group meets FSDP, and how many of five layers compute one by one.
 WAYS = {fuse_root: 0, fuse_above: 4, fuse_above_blocks_that_stay_whole: 4, fuse_blocks: 0, fuse_afterwards: 5}
 WRAPS = {"parametrization": torch_parametrization, "hook": torch_hook}
+# Checkpoints, and how many forwards precede one backward.
+RECOMPUTE = {"": 2, "last": 1, "with contexts": 2}
 
 
 def train(net: nn.Module, forwards: int) -> None:
@@ -102,12 +109,12 @@ def work(rank: int, folder: str) -> None:
     mesh, found = init_device_mesh("cpu", (2,)), {}
     for form, wrap in WRAPS.items():
         for way in WAYS:
-            for recompute in (False, True):
+            for recompute in RECOMPUTE:
                 net = Net(wrap, recompute)
                 way(net, mesh)
                 with warnings.catch_warnings(record=True) as told:
                     warnings.simplefilter("always")
-                    train(net, forwards=1 if recompute else 2)
+                    train(net, RECOMPUTE[recompute])
                 said = [str(w.message) for w in told if "bssn_kernels" in str(w.message)]
                 found[form, way.__name__, recompute] = whole_state(net), said
     net = Net(torch_parametrization)
@@ -137,13 +144,13 @@ def found(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpoints"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("form", WRAPS)
 def test_as_one_native_process(found, form, way, recompute):
-    """Without checkpoints, whose recomputation moves torch's own vectors again."""
+    """Which has no checkpoints, since recomputation moves torch's own vectors again."""
     alone = Net(WRAPS[form])
-    train(alone, forwards=1 if recompute else 2)
+    train(alone, RECOMPUTE[recompute])
     for rank in found:
         state, said = rank[form, way.__name__, recompute]
         close(state, whole_state(alone), 1e-9)
