@@ -131,7 +131,7 @@ class Arrangement:
     Attributes:
         places: part and place in it of each layer, None for layers that are gone or left out.
         left_out: layers that compute by themselves when they are read, since only then FSDP has put their weights
-            together; ``in_pieces``, those that would not were they whole now.
+            together; ``in_pieces``, those of them that are in no nested module, and take part once they are whole.
         simple: there is one part, in the order of the layers.
     """
 

@@ -13,13 +13,15 @@ def in_pieces(weight: Tensor) -> bool:
     return module is not None and isinstance(weight, module.DTensor)
 
 
-def modules_of_nested_fsdp(root: nn.Module) -> set[nn.Module]:
-    """What FSDP wraps below the root. Its weights are whole in the forward of the wrapped module, not when the root's
-    begins, and gradients that arrive after its backward are lost.
-    """
+def wraps(module: nn.Module) -> bool:
+    """Whether FSDP wraps this very module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     names = ("FSDPModule", "FullyShardedDataParallel")
-    kinds = tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name))
-    if not kinds:
-        return set()
-    return {inner for m in root.modules() if m is not root and isinstance(m, kinds) for inner in m.modules()}
+    return isinstance(module, tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name)))
+
+
+def modules_of_nested_fsdp(root: nn.Module) -> set[nn.Module]:
+    """What FSDP wraps below the root. Its weights are whole in the forward of the wrapped module, not when the root's
+    begins, and FSDP frees them again after that module's backward, when the root's node has not read them yet.
+    """
+    return {inner for module in root.modules() if module is not root and wraps(module) for inner in module.modules()}

@@ -13,7 +13,7 @@ from bssn_kernels.frame import Frame
 from bssn_kernels.keeper import CheckpointForward, CheckpointRecompute, FrameKeeper
 from bssn_kernels.parts import Arrangement
 from bssn_kernels.rule import Rule
-from bssn_kernels.sharding import in_pieces, modules_of_nested_fsdp
+from bssn_kernels.sharding import in_pieces, modules_of_nested_fsdp, wraps
 from bssn_kernels.variants import resolve_semantics, semantics_names
 
 
@@ -87,6 +87,9 @@ class SpectralGroup(FrameKeeper):
             with torch.no_grad():
                 frame = self._whole_frame("sigmas", still=True)
         by_layer = frame.arrangement.scatter([run.sigmas_of(directions) for run in frame.runs])
+        for layer in frame.arrangement.left_out:
+            if layer.rule._last is not None:
+                (by_layer[layer.index],) = layer.rule._last.sigmas_of(directions)
         return {name: sigma for layer, sigma in zip(self.layers, by_layer) if sigma is not None for name in layer.names}
 
     def update(self) -> None:
@@ -120,13 +123,18 @@ class SpectralGroup(FrameKeeper):
         Args:
             fold: write W_bar, as an eval forward computes it, into the Parameters, which keep their identity; else
                 leave the raw weights.
+
+        Raises:
+            RuntimeError: FSDP has the weights.
         """
         layers = self._alive()
+        if any(map(wraps, self.root.modules())) or any(in_pieces(layer.weight()) for layer in layers):
+            raise RuntimeError("remove() would give plain weights to modules whose weights FSDP keeps")
         if fold:
             for layer in layers:
                 layer.rule.output_dtype = None
             with torch.no_grad():
-                frame = self._whole_frame("remove", still=True)
+                frame = self._frame(still=True)
                 for layer in layers:
                     frame.weights[layer.index].copy_(frame.plain[layer.index])
         for layer in layers:
@@ -137,11 +145,15 @@ class SpectralGroup(FrameKeeper):
         """After :func:`fuse`: give torch's native layers back, which continue from the present state.
 
         Raises:
-            RuntimeError: the layers were never torch's.
+            RuntimeError: the layers were never torch's, or FSDP wraps one by itself.
         """
         if not self._fused:
             raise RuntimeError("restore() undoes fuse(); this group was made by normalize(): use remove()")
-        for layer in self._alive():
+        layers = self._alive()
+        for layer in layers:
+            if any(map(wraps, layer.modules())):
+                raise RuntimeError(f"layer {layer.names[0]!r}: restore() cannot change a layer that FSDP itself wraps")
+        for layer in layers:
             layer.leave()
         self._detach_root()
 
@@ -185,11 +197,12 @@ class SpectralGroup(FrameKeeper):
 
 
 def _refuse(caller: str, layers: Sequence[Layer]) -> None:
-    """What FSDP has in pieces, or puts together for modules below the root."""
+    """What FSDP has in pieces, or puts together for modules below the root alone."""
     if layers:
         raise RuntimeError(
-            f"layer {layers[0].names[0]!r}: {caller}() expected its whole weight, but FSDP holds it in pieces. Make a "
-            "group of each module that FSDP wraps, and call it between the module's unshard() and reshard()"
+            f"layer {layers[0].names[0]!r}: {caller}() expected its whole weight, which FSDP puts together only for "
+            "the module that it wraps. Make a group of each such module, and call it between its unshard() and "
+            "reshard()"
         )
 
 

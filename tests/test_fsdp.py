@@ -103,6 +103,7 @@ def whole_state(net: nn.Module) -> dict[str, torch.Tensor]:
 
 def work(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -128,6 +129,18 @@ def work(rank: int, folder: str) -> None:
     net.blocks[0].unshard()
     group.update()
     found["errors"], found["updated"], found["sigmas"] = errors, vectors(net.blocks[0]), group.sigmas()
+    net = Net(torch_parametrization)
+    group = fuse(net)
+    shard(net, mesh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(net, 1)
+    found["sigmas of all"] = group.sigmas()
+    layer = nn.Sequential(torch_parametrization(nn.Linear(4, 4)))
+    group = fuse(layer)
+    fully_shard(layer[0], mesh=mesh)
+    with pytest.raises(RuntimeError, match="layer '0': restore.* FSDP itself wraps"):
+        group.restore()
     torch.save(found, f"{folder}/{rank}")
     dist.barrier()
     os._exit(0)  # gloo's threads abort now and then where the interpreter takes the process down around them
@@ -165,6 +178,15 @@ def test_calls_that_need_whole_weights(found):
     for rank in found:
         assert len(rank["errors"]) == 5
         for name, error in zip(("update", "sigmas", "remove", "reset", "hold"), rank["errors"]):
-            assert f"layer '0': {name}() expected its whole weight" in error
+            told = "remove() would give" if name == "remove" else f"layer '0': {name}() expected its whole weight"
+            assert told in error
         close(rank["updated"], vectors(alone.blocks[0]))
         close(rank["sigmas"], group.sigmas())
+
+
+def test_sigmas_of_layers_that_computed_by_themselves(found):
+    alone = Net(torch_parametrization)
+    group = fuse(alone)
+    train(alone, 1)
+    for rank in found:
+        close(rank["sigmas of all"], group.sigmas())
