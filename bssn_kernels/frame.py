@@ -181,8 +181,7 @@ class Replay(Frame):
 
     def __init__(self, record: Frame, layers: Sequence) -> None:
         self.original, self.layers, self.arrangement, self.runs = record, layers, record.arrangement, ()
-        places = record.arrangement.places
-        self.weights = [None if place is None else layer.weight() for place, layer in zip(places, layers)]
+        self.weights = [layer.weight() if record.has(i) else None for i, layer in enumerate(layers)]
         self.versions = None
         self.graph, self.plain = [None] * len(layers), [None] * len(layers)
         self.keep, self.committed = False, True

@@ -110,11 +110,13 @@ class FrameKeeper:
             weights = arrangement.weights()
         return arrangement.frame(weights, **how)
 
+    def _new_arrangement(self) -> Arrangement:
+        return Arrangement(self.layers, self.manual, self.backward_buckets, modules_of_nested_fsdp(self.root))
+
     def _arrange(self) -> Arrangement:
         if self._removed:
             raise RuntimeError("this SpectralGroup was removed from its model")
-        nested = modules_of_nested_fsdp(self.root)
-        self._arrangement = Arrangement(self.layers, self.manual, self.backward_buckets, nested)
+        self._arrangement = self._new_arrangement()
         return self._arrangement
 
     # What torch.compiler.disable sets; the decorator itself would import all of dynamo with this package.

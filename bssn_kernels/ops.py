@@ -25,8 +25,8 @@ _library.define(
     "normalize(Tensor[] weights, Tensor[] vectors, Tensor[] gains, Tensor[] tables, int[] iterations, "
     "SymInt saved_numel, ScalarType? output_dtype, str backend) -> (Tensor[] normalized, Tensor saved)"
 )
-# normalize_backward: for the layers named by index. dL/dW_bar of any dtypes and strides, weights, `saved` of the
-# forward -> dL/dW with the weights' dtype and strides, and dL/dgain (layers,) in accumulation dtype.
+# normalize_backward: for the layers named by index. dL/dW_bar (any strides; read in the dtype of the first), weights,
+# `saved` of the forward -> dL/dW with the weights' dtype and strides, and dL/dgain (layers,) in accumulation dtype.
 _library.define(
     "normalize_backward(Tensor[] grads, Tensor[] weights, Tensor saved, Tensor[] tables, int[] layers, str backend)"
     " -> (Tensor[] grad_weights, Tensor grad_gains)"

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from bssn_kernels.convert import Layer
 from bssn_kernels.frame import Frame
 from bssn_kernels.keeper import CheckpointForward, CheckpointRecompute, FrameKeeper
-from bssn_kernels.parts import Arrangement
 from bssn_kernels.rule import Rule
-from bssn_kernels.sharding import in_pieces, modules_of_nested_fsdp, wraps
+from bssn_kernels.sharding import in_pieces, wraps
 from bssn_kernels.variants import resolve_semantics, semantics_names
 
 
@@ -177,9 +176,7 @@ class SpectralGroup(FrameKeeper):
         lines = [f"{name}: {len(layers)} layers, {parameters:,} parameters"]
         lines += [f"  {rule}" for rule in dict.fromkeys(_describe(layer.rule) for layer in layers)]
         try:
-            arrangement = Arrangement(
-                self.layers, self.manual, self.backward_buckets, modules_of_nested_fsdp(self.root)
-            )
+            arrangement = self._new_arrangement()
         except RuntimeError as error:
             lines.append(f"  backend: {error}")
         else:
